@@ -1,0 +1,87 @@
+//! Chat templates: Jinja from the model's folder, rendered with bounds on work and on output.
+//!
+//! A template is a program from a checkpoint, hence from a stranger: it gets fuel, a size limit and no files.
+
+use std::path::Path;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, ErrorKind, context};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::CheckpointError;
+
+/// Instructions that one rendering may take; a 200-message conversation needs a few thousand.
+const FUEL: u64 = 2_000_000;
+/// Bytes of the longest rendered prompt.
+const OUTPUT_MAX: usize = 4 << 20;
+
+/// One message of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Message {
+    pub role: String,
+    pub content: String,
+}
+
+/// A compiled template.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    /// `bos_token`, `eos_token`, … that templates refer to.
+    special: serde_json::Map<String, Value>,
+}
+
+impl ChatTemplate {
+    /// `chat_template.jinja` where present, else the `chat_template` of `tokenizer_config.json`; `None` without either.
+    pub fn read(folder: &Path, settings: &Value) -> Result<Option<Self>, CheckpointError> {
+        let path = folder.join("chat_template.jinja");
+        let source = if path.exists() {
+            Some(std::fs::read_to_string(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?)
+        } else {
+            match settings.get("chat_template") {
+                Some(Value::String(source)) => Some(source.clone()),
+                // Several named templates: the default one serves.
+                Some(Value::Array(list)) => list.iter().find_map(|entry| {
+                    (entry.get("name")?.as_str()? == "default").then(|| entry.get("template")?.as_str().map(str::to_owned))?
+                }),
+                _ => None,
+            }
+        };
+        let Some(source) = source else { return Ok(None) };
+        Self::compile(source, settings).map(Some).map_err(|e| CheckpointError::Config {
+            path: folder.join("tokenizer_config.json"),
+            reason: format!("chat template: {e:#}"),
+        })
+    }
+
+    fn compile(source: String, settings: &Value) -> Result<Self, minijinja::Error> {
+        let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
+        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_template_owned("chat", source)?;
+        let mut special = serde_json::Map::new();
+        for (field, value) in settings.as_object().into_iter().flatten().filter(|(field, _)| field.ends_with("_token")) {
+            if let Some(token) = value.as_str().or_else(|| value.get("content")?.as_str()) {
+                special.insert(field.clone(), Value::String(token.into()));
+            }
+        }
+        Ok(Self { environment, special })
+    }
+
+    /// The prompt for `messages`, ending where the assistant's answer begins.
+    pub fn render(&self, messages: &[Message]) -> Result<String, String> {
+        let template = self.environment.get_template("chat").map_err(|e| e.to_string())?;
+        let special = minijinja::Value::from(Serde(&self.special));
+        let prompt = template
+            .render(context! { messages => Serde(messages), add_generation_prompt => true, ..special })
+            .map_err(|e| format!("the chat template refused the messages: {e}"))?;
+        if prompt.len() > OUTPUT_MAX {
+            return Err(format!("the rendered prompt has {} bytes; at most {OUTPUT_MAX} are taken", prompt.len()));
+        }
+        Ok(prompt)
+    }
+}

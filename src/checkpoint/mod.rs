@@ -1,0 +1,128 @@
+//! Model folders in the Hugging Face layout: settings, tokenizer, chat template and weights, checked before anything is served.
+//!
+//! [`Checkpoint::open`] reads everything but the weights' bytes; [`Checkpoint::load`] builds the network. It knows the families
+//! only through their data ([`crate::model::family`]) and nothing of decoding.
+
+pub mod chat;
+pub mod config;
+pub mod tokenizer;
+pub mod weights;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::model::{ModelError, TensorSpec, Transformer, manifest};
+use crate::tensor::{Placement, TchError};
+use config::{GenerationConfig, ModelConfig};
+use tokenizer::Tokenizer;
+use weights::{WeightFiles, WeightSource};
+
+/// A model folder cannot be used, and why.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    #[error("cannot read {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {reason}")]
+    Config { path: PathBuf, reason: String },
+    #[error("{path}: {reason}")]
+    Weights { path: PathBuf, reason: String },
+    #[error("the checkpoint does not fit its config: {}", summary(.0))]
+    Problems(Vec<String>),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+impl From<TchError> for CheckpointError {
+    fn from(error: TchError) -> Self {
+        Self::Model(error.into())
+    }
+}
+
+fn summary(problems: &[String]) -> String {
+    let shown = problems.iter().take(5).cloned().collect::<Vec<_>>().join("; ");
+    if problems.len() > 5 { format!("{shown}; and {} more", problems.len() - 5) } else { shown }
+}
+
+/// An opened model folder.
+pub struct Checkpoint {
+    pub folder: PathBuf,
+    pub config: ModelConfig,
+    pub generation: GenerationConfig,
+    pub tokenizer: Tokenizer,
+    pub files: WeightFiles,
+    /// The mask token, or why this model has none.
+    pub mask_token_id: Result<u32, String>,
+}
+
+impl Checkpoint {
+    /// Reads settings, tokenizer and weight headers. A folder that opens may still have [`Checkpoint::problems`].
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        let json = config::read_json(&folder.join("config.json"))?;
+        let config = ModelConfig::from_json(&json)
+            .map_err(|reason| CheckpointError::Config { path: folder.join("config.json"), reason })?;
+        let generation = GenerationConfig::read(folder, &json)?;
+        let tokenizer = Tokenizer::open(folder)?;
+        let files = WeightFiles::open(folder)?;
+        let mask_token_id = mask_token_id(&config, &tokenizer);
+        Ok(Self { folder: folder.into(), config, generation, tokenizer, files, mask_token_id })
+    }
+
+    /// A short name for the model: its folder's.
+    pub fn name(&self) -> String {
+        let folder = self.folder.canonicalize().unwrap_or_else(|_| self.folder.clone());
+        folder.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+    }
+
+    /// Everything that keeps this folder from being served, each naming what is wrong.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = self.files.check(&manifest(&self.config));
+        let (tokens, rows) = (self.tokenizer.size(), self.config.vocab_size);
+        if tokens > rows {
+            problems.push(format!("the tokenizer has {tokens} tokens, the embedding only {rows} rows"));
+        }
+        if let Some(id) = self.generation.eos_token_ids.iter().find(|id| **id as usize >= rows) {
+            problems.push(format!("eos_token_id = {id} is outside the vocabulary of {rows}"));
+        }
+        problems
+    }
+
+    /// Builds the network in `placement` with a context of at most `positions`. `loaded` is called after each tensor.
+    pub fn load(
+        &self,
+        placement: Placement,
+        positions: usize,
+        loaded: &mut dyn FnMut(&TensorSpec),
+    ) -> Result<Transformer, CheckpointError> {
+        let problems = self.problems();
+        if !problems.is_empty() {
+            return Err(CheckpointError::Problems(problems));
+        }
+        let mut source = WeightSource { files: &self.files, placement, loaded };
+        tch::no_grad(|| Transformer::new(&self.config, placement, positions, &mut source))
+    }
+}
+
+/// The config's word counts first, then the tokenizer's, then the family's; what is found must be a row of the embedding.
+fn mask_token_id(config: &ModelConfig, tokenizer: &Tokenizer) -> Result<u32, String> {
+    let found = config.mask_token_id.or(tokenizer.mask_token_id()).or(config.family.mask_token_id);
+    match found {
+        Some(id) if (id as usize) < config.vocab_size => Ok(id),
+        Some(id) => Err(format!("its mask token {id} is outside the vocabulary of {}", config.vocab_size)),
+        None => {
+            Err(format!("neither config.json nor the tokenizer nor the family ({}) names a mask token", config.family.name))
+        }
+    }
+}
+
+/// Writes a file so that a crash leaves the old one or the new one, never half of it.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+    let fail = |source| CheckpointError::Read { path: path.into(), source };
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(fail)?;
+    file.write_all(bytes).map_err(fail)?;
+    file.as_file().sync_all().map_err(fail)?;
+    file.persist(path).map_err(|e| fail(e.error))?;
+    Ok(())
+}

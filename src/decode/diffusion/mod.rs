@@ -1,0 +1,227 @@
+//! Masked diffusion: a [`Decoder`] that fills the holes of a canvas, block by block, a few cells a step.
+//!
+//! One machine serves LLaDA's `generate.py`, Dream's `diffusion_generate` and Fast-dLLM's parallel rules; they differ in
+//! [`Parameters`] only. Forwards are whole sequences, so that the machine is exact for fully bidirectional models. It spends no
+//! forward on a complete canvas, and none on a step whose schedule commits nothing.
+
+pub mod schedule;
+pub mod select;
+
+use std::ops::Range;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::canvas::Canvas;
+use super::{Decoder, Edit, FinishReason, Guidance, RowStatistics, Sampling, Status, Step, Window};
+use crate::model::family::Attention;
+use select::{Candidate, Order, Rule, select};
+
+/// How many cells a step commits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Commit {
+    /// LLaDA: every block's masked cells in equal parts over its share of `steps`.
+    Linear {
+        steps: usize,
+    },
+    /// Dream: timesteps from 1 to `eps`. With `independent`, each cell is revealed on its own (`origin`).
+    Timesteps {
+        steps: usize,
+        eps: f64,
+        independent: bool,
+    },
+    Threshold(f64),
+    Factor(f64),
+    EntropyBound(f64),
+}
+
+/// What becomes of end-of-text.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EndOfText {
+    /// Tokens that end the text.
+    pub ids: Vec<u32>,
+    /// Finish once everything left of a committed end-of-text is committed, and leave what is right of it masked.
+    pub finish_early: bool,
+}
+
+/// Settings of one diffusion request, already validated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parameters {
+    /// Cells of a block; blocks are filled from left to right.
+    pub block_length: usize,
+    pub order: Order,
+    /// Draws the order by softmax(score / temperature) rather than taking the best (Dream's `alg_temp`); 0 is off.
+    pub order_temperature: f64,
+    pub commit: Commit,
+    /// Scale of classifier-free guidance; 0 is off.
+    pub cfg_scale: f64,
+    pub sampling: Sampling,
+    pub end_of_text: EndOfText,
+    pub seed: u64,
+}
+
+/// A canvas being filled.
+pub struct Diffusion {
+    parameters: Parameters,
+    canvas: Canvas,
+    attention: Attention,
+    rng: ChaCha8Rng,
+    /// Forwards so far.
+    step: usize,
+    block: usize,
+    /// Place in the schedule of the current block.
+    block_step: usize,
+    /// Masked cells when the current block began.
+    block_masked: usize,
+}
+
+impl Diffusion {
+    pub fn new(parameters: Parameters, canvas: Canvas, attention: Attention) -> Self {
+        let rng = ChaCha8Rng::seed_from_u64(parameters.seed);
+        let mut decoder = Self { parameters, canvas, attention, rng, step: 0, block: 0, block_step: 0, block_masked: 0 };
+        decoder.enter_block();
+        decoder.skip_idle_steps();
+        decoder
+    }
+
+    /// Cells of the current block.
+    fn block_range(&self) -> Range<usize> {
+        let start = self.block * self.parameters.block_length;
+        start..(start + self.parameters.block_length).min(self.canvas.len())
+    }
+
+    /// Masked cells that may be committed now. What lies behind an end-of-text will not be given out, so it is left alone.
+    fn open_cells(&self) -> Vec<usize> {
+        let mut range = self.block_range();
+        let end = &self.parameters.end_of_text;
+        if end.finish_early
+            && let Some(first) = self.canvas.first_end(&end.ids)
+        {
+            range.end = range.end.min(first);
+        }
+        self.canvas.masked(range).collect()
+    }
+
+    /// Moves past blocks that have nothing to fill, and notes what the one it stops at has.
+    fn enter_block(&mut self) {
+        while self.finished().is_none() && self.open_cells().is_empty() {
+            self.block += 1;
+        }
+        self.block_step = 0;
+        self.block_masked = if self.finished().is_none() { self.canvas.masked(self.block_range()).count() } else { 0 };
+    }
+
+    fn blocks(&self) -> usize {
+        self.canvas.len().div_ceil(self.parameters.block_length).max(1)
+    }
+
+    /// How many cells of `open` masked ones the schedule commits in the current step; `None` where the scores decide.
+    fn scheduled(&self, open: usize) -> Option<usize> {
+        match self.parameters.commit {
+            Commit::Linear { steps } => {
+                // As many as fit where the blocks do not divide the steps; never none.
+                let steps = (steps / self.blocks()).max(1);
+                let behind = self.block_step >= steps;
+                Some(if behind { open } else { schedule::linear(self.block_masked, steps, self.block_step) })
+            }
+            Commit::Timesteps { steps, eps, independent: false } => {
+                Some(schedule::timestep_count(open, steps, eps, self.block_step))
+            }
+            _ => None,
+        }
+    }
+
+    /// A forward whose result would not be used is not run. Only a schedule of counts can have such steps.
+    fn skip_idle_steps(&mut self) {
+        while self.finished().is_none() && self.scheduled(self.open_cells().len()) == Some(0) {
+            self.block_step += 1;
+        }
+    }
+
+    fn rule(&self, open: usize) -> Rule {
+        match self.parameters.commit {
+            Commit::Timesteps { steps, eps, independent: true } => {
+                Rule::Probability(f64::from(schedule::timestep_share(steps, eps, self.block_step)))
+            }
+            Commit::Threshold(threshold) => Rule::Threshold(threshold),
+            Commit::Factor(factor) => Rule::Factor(factor),
+            Commit::EntropyBound(bound) => Rule::EntropyBound(bound),
+            Commit::Linear { .. } | Commit::Timesteps { .. } => Rule::Count(self.scheduled(open).unwrap_or(open)),
+        }
+    }
+
+    /// One draw for every cell of the canvas, in order, so that what a cell draws does not depend on which others are masked.
+    fn draw(&mut self) -> Vec<f64> {
+        (0..self.canvas.len()).map(|_| self.rng.random::<f64>()).collect()
+    }
+
+    /// [`Decoder::advance`] with the draws given (one for each cell of the canvas).
+    pub(crate) fn advance_with(&mut self, rows: &[RowStatistics], uniforms: &[f64]) -> Step {
+        let open = self.open_cells();
+        assert_eq!(open.len(), rows.len(), "one row of statistics for each wanted position");
+        let parameters = &self.parameters;
+        let candidates: Vec<Candidate> = open
+            .iter()
+            .zip(rows)
+            .map(|(cell, row)| Candidate::new(parameters.order, row, uniforms[*cell], *cell, parameters.order_temperature))
+            .collect();
+        let draws: Vec<f64> = open.iter().map(|cell| uniforms[*cell]).collect();
+        let mut status = vec![Status::Provisional; open.len()];
+        for chosen in select(&candidates, self.rule(open.len()), &draws) {
+            status[chosen] = Status::Committed;
+            self.canvas.commit(open[chosen], rows[chosen].token);
+        }
+        let edit = |((cell, row), status): ((&usize, &RowStatistics), Status)| Edit {
+            position: *cell,
+            token: row.token,
+            status,
+            confidence: row.confidence,
+        };
+        let edits = open.iter().zip(rows).zip(status).map(edit).collect();
+        let step = Step { step: self.step, block: self.block, edits };
+        self.step += 1;
+        self.block_step += 1;
+        if self.finished().is_none() && self.open_cells().is_empty() {
+            self.enter_block();
+        }
+        self.skip_idle_steps();
+        step
+    }
+}
+
+impl Decoder for Diffusion {
+    fn window(&self) -> Window {
+        let parameters = &self.parameters;
+        let prompt = self.canvas.prompt_len();
+        let guidance = (parameters.cfg_scale != 0.0)
+            .then(|| Guidance { unconditional: self.canvas.unconditional(), scale: parameters.cfg_scale });
+        Window {
+            tokens: self.canvas.sequence().to_vec(),
+            attention: self.attention,
+            positions: self.open_cells().iter().map(|cell| (prompt + cell) as u32).collect(),
+            guidance,
+            sampling: parameters.sampling.clone(),
+            // A odd multiplier spreads neighbouring seeds; the step is added behind it.
+            noise_seed: parameters.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(self.step as u64),
+        }
+    }
+
+    fn advance(&mut self, rows: &[RowStatistics]) -> Step {
+        let uniforms = self.draw();
+        self.advance_with(rows, &uniforms)
+    }
+
+    fn finished(&self) -> Option<FinishReason> {
+        let end = &self.parameters.end_of_text;
+        match self.canvas.first_end(&end.ids) {
+            Some(first) if end.finish_early && self.canvas.frontier() >= first => return Some(FinishReason::Stop),
+            Some(_) if self.canvas.frontier() == self.canvas.len() => return Some(FinishReason::Stop),
+            _ => {}
+        }
+        (self.canvas.frontier() == self.canvas.len()).then_some(FinishReason::Length)
+    }
+
+    fn canvas(&self) -> &Canvas {
+        &self.canvas
+    }
+}

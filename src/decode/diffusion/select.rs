@@ -1,0 +1,142 @@
+//! Selection rules: which masked cells to commit, as pure functions of their scores.
+//!
+//! A rule sees candidates only; it knows neither canvas nor logits. Ties go to the leftmost cell.
+
+use crate::decode::RowStatistics;
+
+/// What makes a cell come early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// High probability of the chosen token (LLaDA's "low-confidence remasking", Dream's `maskgit_plus`).
+    Confidence,
+    /// Large distance between the two best tokens (Dream's `topk_margin`).
+    Margin,
+    /// Low entropy (Dream's `entropy`).
+    Entropy,
+    Random,
+    LeftToRight,
+}
+
+/// How many cells to commit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// So many.
+    Count(usize),
+    /// Each on its own with this probability (Dream's `origin`); possibly none.
+    Probability(f64),
+    /// Every cell whose score reaches the threshold, and in any case the best (Fast-dLLM, arXiv 2505.22618).
+    Threshold(f64),
+    /// The largest `n` with `(n + 1) · (1 − score of the n-th) < factor`, and at least one (Fast-dLLM).
+    Factor(f64),
+    /// The largest `n` whose entropies, save the largest of them, sum to at most the bound, and at least one (EB-sampler,
+    /// arXiv 2505.24857).
+    EntropyBound(f64),
+}
+
+/// A masked cell that may be committed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// Larger comes first.
+    pub score: f64,
+    pub entropy: f64,
+}
+
+impl Candidate {
+    /// Scores a row. `uniform` is the cell's own draw from [0, 1) and counts for random order and order temperature;
+    /// `cell` its place from the left.
+    pub fn new(order: Order, row: &RowStatistics, uniform: f64, cell: usize, order_temperature: f64) -> Self {
+        let score = match order {
+            Order::Confidence => row.confidence,
+            Order::Margin => row.margin,
+            Order::Entropy => -row.entropy,
+            Order::Random => return Self { score: uniform, entropy: row.entropy },
+            Order::LeftToRight => return Self { score: -(cell as f64), entropy: row.entropy },
+        };
+        // Drawing without replacement by softmax(score / temperature) is taking the largest of score / temperature + Gumbel.
+        let score = if order_temperature > 0.0 {
+            score / order_temperature - (-uniform.max(f64::MIN_POSITIVE).ln()).ln()
+        } else {
+            score
+        };
+        Self { score, entropy: row.entropy }
+    }
+}
+
+/// Indices of the candidates to commit, best first. `uniforms` holds each candidate's draw for [`Rule::Probability`].
+pub fn select(candidates: &[Candidate], rule: Rule, uniforms: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..candidates.len()).collect();
+    let score = |index: &usize| candidates[*index].score;
+    // A stable sort by total order: ties keep the leftmost first, and NaN (refused before it gets here) could not panic.
+    order.sort_by(|a, b| score(b).total_cmp(&score(a)));
+    let count = match rule {
+        Rule::Count(count) => count,
+        Rule::Probability(probability) => {
+            order.sort_unstable();
+            order.retain(|index| uniforms[*index] < probability);
+            order.len()
+        }
+        Rule::Threshold(threshold) => order.iter().take_while(|index| score(index) >= threshold).count().max(1),
+        Rule::Factor(factor) => {
+            let reaches = |n: &usize| (*n as f64 + 1.0) * (1.0 - score(&order[n - 1])) < factor;
+            (1..=order.len()).take_while(reaches).last().unwrap_or(1)
+        }
+        Rule::EntropyBound(bound) => {
+            order.sort_by(|a, b| candidates[*a].entropy.total_cmp(&candidates[*b].entropy));
+            let mut before = 0.0;
+            let within = order.iter().take_while(|index| {
+                let fits = before <= bound;
+                before += candidates[**index].entropy;
+                fits
+            });
+            within.count().max(1)
+        }
+    };
+    order.truncate(count);
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidates(scores: &[f64]) -> Vec<Candidate> {
+        scores.iter().map(|score| Candidate { score: *score, entropy: 1.0 - score }).collect()
+    }
+
+    #[test]
+    fn count_takes_the_best_and_the_leftmost_of_equals() {
+        let found = select(&candidates(&[0.2, 0.9, 0.5, 0.9]), Rule::Count(3), &[]);
+        assert_eq!(found, [1, 3, 2]);
+        assert_eq!(select(&candidates(&[0.2]), Rule::Count(0), &[]), [0usize; 0]);
+        assert_eq!(select(&candidates(&[0.2]), Rule::Count(9), &[]), [0]);
+    }
+
+    #[test]
+    fn threshold_always_commits_one() {
+        assert_eq!(select(&candidates(&[0.2, 0.3, 0.1]), Rule::Threshold(0.9), &[]), [1]);
+        assert_eq!(select(&candidates(&[0.95, 0.3, 0.9]), Rule::Threshold(0.9), &[]), [0, 2]);
+        assert_eq!(select(&[], Rule::Threshold(0.9), &[]), [0usize; 0]);
+    }
+
+    #[test]
+    fn factor_stops_at_the_first_that_fails_even_at_the_end() {
+        // (n + 1)(1 − c): 2 · 0.01, 3 · 0.05, 4 · 0.4; with factor 1 the third fails, though it is the last.
+        assert_eq!(select(&candidates(&[0.99, 0.95, 0.6]), Rule::Factor(1.0), &[]), [0, 1]);
+        assert_eq!(select(&candidates(&[0.1, 0.2]), Rule::Factor(1.0), &[]), [1]);
+    }
+
+    #[test]
+    fn entropy_bound_counts_all_but_the_largest() {
+        // Entropies 0.05, 0.1, 0.5: sums without the largest are 0, 0.05, 0.15.
+        let found = candidates(&[0.9, 0.95, 0.5]);
+        assert_eq!(select(&found, Rule::EntropyBound(0.1), &[]), [1, 0]);
+        assert_eq!(select(&found, Rule::EntropyBound(0.2), &[]), [1, 0, 2]);
+        assert_eq!(select(&found, Rule::EntropyBound(0.0), &[]), [1]);
+    }
+
+    #[test]
+    fn probability_may_commit_none() {
+        assert_eq!(select(&candidates(&[0.2, 0.9]), Rule::Probability(0.5), &[0.7, 0.6]), [0usize; 0]);
+        assert_eq!(select(&candidates(&[0.2, 0.9]), Rule::Probability(0.5), &[0.4, 0.6]), [0]);
+    }
+}

@@ -1,0 +1,338 @@
+//! The engine: one thread that owns a device and a model, and runs rounds over the sequences that are resident.
+//!
+//! A round is one step for every resident sequence, so that a finished one leaves at once and a waiting one joins at once.
+//! Requests come through a bounded queue, events leave through a bounded channel per request; a reader that does not keep up
+//! holds back its own sequence and no other. The engine knows nothing of gRPC.
+
+pub mod request;
+pub mod runner;
+pub mod sequence;
+pub mod text;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tracing::{debug, error};
+
+use crate::checkpoint::tokenizer::Tokenizer;
+use crate::decode::canvas::Canvas;
+use crate::decode::diffusion::{Diffusion, Parameters};
+use crate::decode::{FinishReason, Step};
+use crate::model::{ModelError, Transformer};
+use sequence::Sequence;
+
+/// Events that wait for a reader; a step makes at most three, so this is some twenty steps of slack.
+const EVENTS_MAX: usize = 64;
+/// How long the engine waits for a slow reader, or for work, before it looks again.
+const IDLE: Duration = Duration::from_millis(2);
+
+/// A request that has been validated: it fits the model.
+#[derive(Debug)]
+pub struct Request {
+    /// For the log.
+    pub id: String,
+    pub canvas: Canvas,
+    pub parameters: Parameters,
+    pub stops: Vec<String>,
+    /// Whether the reader wants [`Event::Step`].
+    pub steps: bool,
+    pub deadline: Option<Instant>,
+}
+
+/// What a reader is told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The canvas as it begins: its tokens, and which cells are masked.
+    Started {
+        prompt_tokens: usize,
+        canvas: Vec<u32>,
+        masked: Vec<bool>,
+    },
+    Step(Step),
+    /// Text that is final; joined, these are the whole text.
+    Committed {
+        token_ids: Vec<u32>,
+        text: String,
+    },
+    Finished {
+        reason: FinishReason,
+        usage: Usage,
+    },
+}
+
+/// What a request has cost. Times count from the moment that the sequence became resident.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    /// Tokens given out that the model chose: neither fixed text nor end-of-text nor what lies behind it.
+    pub generated_tokens: usize,
+    /// Forward passes that denoised; a step with guidance takes two.
+    pub forwards_denoise: usize,
+    pub steps: usize,
+    pub queued: Duration,
+    pub time_to_first_commit: Option<Duration>,
+    pub decoding: Duration,
+}
+
+/// Why a sequence ended without finishing.
+#[derive(Debug, Error)]
+pub enum Failure {
+    #[error("the deadline passed before the text was complete")]
+    DeadlineExceeded,
+    #[error("the server is stopping")]
+    Stopping,
+    #[error("the request failed; the server's log has its id")]
+    Internal,
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Refused {
+    #[error("the queue is full ({0} requests wait): try again later")]
+    QueueFull(usize),
+    #[error("the server is stopping and takes no further requests")]
+    Stopping,
+}
+
+/// Bounds of the engine.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sequences that are decoded together.
+    pub resident: usize,
+    /// Requests that wait.
+    pub queued: usize,
+}
+
+type Reply = mpsc::Sender<Result<Event, Failure>>;
+
+struct Job {
+    request: Request,
+    reply: Reply,
+    submitted: Instant,
+}
+
+/// Shared between the handle and the thread.
+#[derive(Default)]
+struct State {
+    /// Take no new requests; those that are in run on.
+    draining: AtomicBool,
+    /// End everything now.
+    stopping: AtomicBool,
+    /// Requests queued or resident.
+    active: AtomicUsize,
+}
+
+/// A handle to the engine thread.
+#[derive(Clone)]
+pub struct Engine {
+    queue: mpsc::Sender<Job>,
+    state: Arc<State>,
+    limits: Limits,
+}
+
+impl Engine {
+    /// Starts the thread that owns `model`.
+    pub fn start(model: Transformer, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
+        let (queue, jobs) = mpsc::channel(limits.queued.max(1));
+        let state = Arc::new(State::default());
+        let worker = Worker { model, tokenizer, jobs, state: state.clone(), residents: Vec::new(), limits };
+        std::thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
+        Ok(Self { queue, state, limits })
+    }
+
+    /// Hands a request over; its events come through the receiver. Dropping the receiver cancels the request.
+    pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Result<Event, Failure>>, Refused> {
+        if self.state.draining.load(Ordering::Acquire) {
+            return Err(Refused::Stopping);
+        }
+        let (reply, events) = mpsc::channel(EVENTS_MAX);
+        self.state.active.fetch_add(1, Ordering::AcqRel);
+        let job = Job { request, reply, submitted: Instant::now() };
+        self.queue.try_send(job).map_err(|error| {
+            self.state.active.fetch_sub(1, Ordering::AcqRel);
+            match error {
+                mpsc::error::TrySendError::Full(_) => Refused::QueueFull(self.limits.queued),
+                mpsc::error::TrySendError::Closed(_) => Refused::Stopping,
+            }
+        })?;
+        Ok(events)
+    }
+
+    /// Requests queued or resident.
+    pub fn active(&self) -> usize {
+        self.state.active.load(Ordering::Acquire)
+    }
+
+    /// Takes no further requests; those that are in run to their end.
+    pub fn drain(&self) {
+        self.state.draining.store(true, Ordering::Release);
+    }
+
+    /// Ends every request now.
+    pub fn stop(&self) {
+        self.drain();
+        self.state.stopping.store(true, Ordering::Release);
+    }
+}
+
+struct Resident {
+    id: String,
+    sequence: Sequence,
+    reply: Reply,
+    steps: bool,
+    deadline: Option<Instant>,
+}
+
+/// What a resident's turn came to.
+#[derive(PartialEq, Eq)]
+enum Turn {
+    /// It took a step.
+    Stepped,
+    /// Its reader has no room; it sits this round out.
+    Waiting,
+    Done,
+}
+
+struct Worker {
+    model: Transformer,
+    tokenizer: Arc<Tokenizer>,
+    jobs: mpsc::Receiver<Job>,
+    state: Arc<State>,
+    residents: Vec<Resident>,
+    limits: Limits,
+}
+
+impl Worker {
+    /// Rounds until every handle is gone.
+    fn run(mut self) {
+        while self.admit() {
+            let mut stepped = false;
+            let mut residents = std::mem::take(&mut self.residents);
+            residents.retain_mut(|resident| {
+                let turn = self.turn(resident);
+                stepped |= turn == Turn::Stepped;
+                if turn == Turn::Done {
+                    self.state.active.fetch_sub(1, Ordering::AcqRel);
+                }
+                turn != Turn::Done
+            });
+            self.residents = residents;
+            if !stepped && !self.residents.is_empty() {
+                std::thread::sleep(IDLE);
+            }
+        }
+    }
+
+    /// Fills free places from the queue; sleeps when there is nothing to do. False when no request can come any more.
+    fn admit(&mut self) -> bool {
+        while self.residents.len() < self.limits.resident.max(1) {
+            let job = if self.residents.is_empty() {
+                match self.jobs.blocking_recv() {
+                    Some(job) => job,
+                    None => return false,
+                }
+            } else {
+                match self.jobs.try_recv() {
+                    Ok(job) => job,
+                    Err(_) => break,
+                }
+            };
+            self.take(job);
+        }
+        true
+    }
+
+    fn take(&mut self, job: Job) {
+        let Job { request, reply, submitted } = job;
+        let decoder = Diffusion::new(request.parameters.clone(), request.canvas, self.model.config().attention);
+        let ends = request.parameters.end_of_text.ids;
+        let mut sequence = Sequence::new(Box::new(decoder), ends, request.stops, submitted.elapsed());
+        let mut resident = match sequence.begin(&self.tokenizer) {
+            Ok(events) => {
+                let resident = Resident { id: request.id, sequence, reply, steps: request.steps, deadline: request.deadline };
+                send(&resident, events.into_iter().map(Ok));
+                resident
+            }
+            Err(reason) => {
+                error!(request = request.id, reason, "the canvas cannot be decoded");
+                let _ = reply.try_send(Err(Failure::Internal));
+                self.state.active.fetch_sub(1, Ordering::AcqRel);
+                return;
+            }
+        };
+        if resident.sequence.finish_reason().is_none() {
+            resident.steps = request.steps;
+            self.residents.push(resident);
+        } else {
+            self.state.active.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// One step of one sequence. Whatever goes wrong ends that sequence and no other.
+    fn turn(&self, resident: &mut Resident) -> Turn {
+        if resident.reply.is_closed() {
+            debug!(request = resident.id, "the client left");
+            return Turn::Done;
+        }
+        let now = Instant::now();
+        let failure = if self.state.stopping.load(Ordering::Acquire) {
+            Some(Failure::Stopping)
+        } else {
+            resident.deadline.is_some_and(|deadline| now >= deadline).then_some(Failure::DeadlineExceeded)
+        };
+        if let Some(failure) = failure {
+            send(resident, [Err(failure)]);
+            return Turn::Done;
+        }
+        // A step makes at most three events. Only this thread sends, so room that is there now stays.
+        if resident.reply.capacity() < 4 {
+            return Turn::Waiting;
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.step(resident))) {
+            Ok(Ok(events)) => {
+                let steps = resident.steps;
+                send(resident, events.into_iter().filter(|event| steps || !matches!(event, Event::Step(_))).map(Ok));
+            }
+            Ok(Err(StepError::Model(reason))) => {
+                error!(request = resident.id, %reason, "a step failed");
+                send(resident, [Err(Failure::Internal)]);
+                return Turn::Done;
+            }
+            Ok(Err(StepError::Text(reason))) => {
+                error!(request = resident.id, reason, "tokens could not be turned into text");
+                send(resident, [Err(Failure::Internal)]);
+                return Turn::Done;
+            }
+            Err(_) => {
+                error!(request = resident.id, "a step panicked");
+                send(resident, [Err(Failure::Internal)]);
+                return Turn::Done;
+            }
+        }
+        if resident.sequence.finish_reason().is_some() { Turn::Done } else { Turn::Stepped }
+    }
+
+    fn step(&self, resident: &mut Resident) -> Result<Vec<Event>, StepError> {
+        let Some(window) = resident.sequence.window() else { return Ok(vec![]) };
+        let outcome = runner::run(&self.model, &window).map_err(StepError::Model)?;
+        resident.sequence.advance(&outcome.rows, outcome.forwards, &self.tokenizer).map_err(StepError::Text)
+    }
+}
+
+enum StepError {
+    Model(ModelError),
+    Text(String),
+}
+
+/// Room was checked before the step, so a failed send means that the reader has gone; the next turn sees that.
+fn send(resident: &Resident, events: impl IntoIterator<Item = Result<Event, Failure>>) {
+    for event in events {
+        if resident.reply.try_send(event).is_err() {
+            return;
+        }
+    }
+}

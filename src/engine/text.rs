@@ -1,0 +1,76 @@
+//! From a growing run of committed tokens to text that may be given out: whole characters only, and nothing that may turn out to
+//! be the beginning of a stop string.
+
+use crate::checkpoint::tokenizer::Tokenizer;
+
+/// Text that became final, with its tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Released {
+    pub token_ids: Vec<u32>,
+    pub text: String,
+    /// A stop string was met; the text ends before it.
+    pub stopped: bool,
+}
+
+/// Incremental detokeniser of one sequence. What it releases, joined, is the text of all tokens up to a stop string.
+#[derive(Debug, Default)]
+pub struct Detokenizer {
+    ids: Vec<u32>,
+    stops: Vec<String>,
+    released_ids: usize,
+    released: usize,
+    stopped: bool,
+}
+
+impl Detokenizer {
+    pub fn new(stops: Vec<String>) -> Self {
+        Self { stops, ..Self::default() }
+    }
+
+    /// Tokens released so far.
+    pub fn released_tokens(&self) -> &[u32] {
+        &self.ids[..self.released_ids]
+    }
+
+    /// Takes further tokens. `last` says that none will follow, so nothing needs to be held back any longer.
+    pub fn push(&mut self, tokenizer: &Tokenizer, ids: &[u32], last: bool) -> Result<Released, String> {
+        if self.stopped {
+            return Ok(Released { stopped: true, ..Released::default() });
+        }
+        self.ids.extend(ids);
+        let text = tokenizer.decode(&self.ids, false)?;
+        let start = self.released.min(text.len());
+        // A stop string may begin in text that was held back, never in text that was released.
+        let stop = self.stops.iter().filter_map(|stop| text.get(start..)?.find(stop.as_str())).min();
+        let end = match stop {
+            Some(at) => start + at,
+            None if last => text.len(),
+            None => self.safe_end(&text, start),
+        };
+        self.stopped = stop.is_some();
+        let whole = end == text.len();
+        let mut count = self.ids.len();
+        // Only the tokens of the held-back tail are tried, and that tail is short.
+        while !whole && count > self.released_ids && tokenizer.decode(&self.ids[..count], false)?.len() > end {
+            count -= 1;
+        }
+        let released = Released {
+            token_ids: self.ids[self.released_ids.min(count)..count].to_vec(),
+            text: text.get(start..end).unwrap_or_default().to_owned(),
+            stopped: self.stopped,
+        };
+        self.released_ids = count;
+        self.released = end.max(start);
+        Ok(released)
+    }
+
+    /// Where the text may be cut: before a character that is not complete, and before what may begin a stop string.
+    fn safe_end(&self, text: &str, start: usize) -> usize {
+        let complete = text.trim_end_matches(char::REPLACEMENT_CHARACTER).len().max(start);
+        let text = &text[..complete];
+        let begins_stop = |at: &usize| self.stops.iter().any(|stop| stop.starts_with(&text[*at..]));
+        let boundaries = (start..complete).filter(|at| text.is_char_boundary(*at));
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
+        boundaries.filter(|at| complete - at < longest).find(begins_stop).unwrap_or(complete)
+    }
+}

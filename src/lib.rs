@@ -1,0 +1,13 @@
+//! **lacuna** runs diffusion language models: it starts from a canvas of masked tokens and fills it in parallel.
+//!
+//! The modules, in reading order: [`tensor`] is the door to libtorch, [`checkpoint`] reads model folders, [`model`] is the
+//! network, [`decode`] the decoding state machines, [`engine`] runs them on a device, [`service`] puts the engine on gRPC.
+//! [`eval`] and [`train`] measure and make the small models that ship. `ARCHITECTURE.md` has the map.
+
+pub mod checkpoint;
+pub mod decode;
+pub mod engine;
+pub mod eval;
+pub mod model;
+pub mod tensor;
+pub mod train;

@@ -1,0 +1,277 @@
+//! The transformer: one stack for every dense family, whose differences are data ([`family::Family`]).
+//!
+//! [`Transformer::hidden`] runs token ids to final hidden states, [`Transformer::logits`] turns chosen rows of them into logits;
+//! the split is what lets decoding pay the vocabulary head for wanted rows only. Weights come from any [`Source`] (a
+//! checkpoint, random numbers, a trainer's parameters), and autograd flows through, so training and serving run the same code.
+//! The stack knows nothing of sampling, canvases or requests.
+
+pub mod family;
+pub mod rotary;
+pub mod statistics;
+
+use thiserror::Error;
+
+use crate::checkpoint::config::ModelConfig;
+use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor};
+use family::Attention;
+use rotary::{Rotary, rotate};
+
+/// A forward pass could not be run.
+#[derive(Debug, Error)]
+pub enum ModelError {
+    #[error("{length} tokens exceed the model's context of {limit}")]
+    TooLong { length: usize, limit: usize },
+    #[error("token id {id} is outside the vocabulary of {vocab_size}")]
+    TokenOutOfRange { id: i64, vocab_size: usize },
+    #[error("the model produced logits that are not finite")]
+    NotFinite,
+    #[error("libtorch: {0}")]
+    Torch(String),
+}
+
+impl From<TchError> for ModelError {
+    /// libtorch appends its C++ stack to every message; its first line says what went wrong.
+    fn from(error: TchError) -> Self {
+        let text = error.to_string();
+        Self::Torch(text.lines().next().unwrap_or_default().trim_start_matches("Internal torch error: ").into())
+    }
+}
+
+/// Name and shape of one tensor that a model needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    pub name: String,
+    pub shape: Vec<i64>,
+}
+
+/// Where a model's tensors come from, by name. What comes must have the shape that the [`manifest`] says.
+pub trait Source {
+    type Error: From<ModelError>;
+    fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor, Self::Error>;
+}
+
+/// Every tensor of the model, in the order that [`Transformer::new`] asks for them.
+pub fn manifest(config: &ModelConfig) -> Vec<TensorSpec> {
+    let c = config;
+    let names = c.family.names;
+    let mut specs = Vec::new();
+    let mut add = |name: String, shape: &[usize]| {
+        specs.push(TensorSpec { name, shape: shape.iter().map(|n| *n as i64).collect() });
+    };
+    add(format!("{}.weight", names.embedding), &[c.vocab_size, c.hidden_size]);
+    for layer in 0..c.layers {
+        let prefix = names.layer.replace("{}", &layer.to_string());
+        let mut linear = |name: &str, out: usize, inputs: usize, bias: bool| {
+            add(format!("{prefix}.{name}.weight"), &[out, inputs]);
+            if bias {
+                add(format!("{prefix}.{name}.bias"), &[out]);
+            }
+        };
+        let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        linear(names.query, queries, c.hidden_size, c.qkv_bias);
+        linear(names.key, keys, c.hidden_size, c.qkv_bias);
+        linear(names.value, keys, c.hidden_size, c.qkv_bias);
+        linear(names.output, c.hidden_size, queries, c.output_bias);
+        linear(names.gate, c.intermediate_size, c.hidden_size, c.mlp_bias);
+        linear(names.up, c.intermediate_size, c.hidden_size, c.mlp_bias);
+        linear(names.down, c.hidden_size, c.intermediate_size, c.mlp_bias);
+        add(format!("{prefix}.{}.weight", names.attention_norm), &[c.hidden_size]);
+        add(format!("{prefix}.{}.weight", names.mlp_norm), &[c.hidden_size]);
+        if c.family.qk_norm {
+            add(format!("{prefix}.{}.weight", names.query_norm), &[c.head_dim]);
+            add(format!("{prefix}.{}.weight", names.key_norm), &[c.head_dim]);
+        }
+    }
+    add(format!("{}.weight", names.norm), &[c.hidden_size]);
+    if !c.tied {
+        add(format!("{}.weight", names.head), &[c.vocab_size, c.hidden_size]);
+    }
+    specs
+}
+
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Runs in the weight's own type. Where that is narrower than the residual stream's (a trainer keeps the stream in f32 and
+    /// the projections in bf16), this is the place that narrows; otherwise the conversion is free.
+    fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(x.f_to_kind(self.weight.f_kind()?)?.f_linear(&self.weight, self.bias.as_ref())?)
+    }
+}
+
+struct Layer {
+    attention_norm: Tensor,
+    /// Queries, keys and values in one product.
+    qkv: Linear,
+    output: Linear,
+    qk_norm: Option<(Tensor, Tensor)>,
+    mlp_norm: Tensor,
+    /// Gate and up in one product.
+    gate_up: Linear,
+    down: Linear,
+}
+
+/// A loaded network.
+pub struct Transformer {
+    config: ModelConfig,
+    placement: Placement,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    head: Option<Tensor>,
+    rotary: Rotary,
+}
+
+impl Transformer {
+    /// Builds the stack from `source`. `positions` bounds the context (and the rotary tables); it is cut to the model's own.
+    pub fn new<S: Source>(
+        config: &ModelConfig,
+        placement: Placement,
+        positions: usize,
+        source: &mut S,
+    ) -> Result<Self, S::Error> {
+        let mut specs = manifest(config).into_iter();
+        let mut next = || match specs.next() {
+            Some(spec) => source.tensor(&spec),
+            None => unreachable!("the manifest and the stack list the same tensors"),
+        };
+        let embedding = next()?;
+        let mut layers = Vec::with_capacity(config.layers);
+        for _ in 0..config.layers {
+            let mut linear = |bias: bool| -> Result<Linear, S::Error> {
+                Ok(Linear { weight: next()?, bias: if bias { Some(next()?) } else { None } })
+            };
+            let qkv = join(&[linear(config.qkv_bias)?, linear(config.qkv_bias)?, linear(config.qkv_bias)?])?;
+            let output = linear(config.output_bias)?;
+            let gate_up = join(&[linear(config.mlp_bias)?, linear(config.mlp_bias)?])?;
+            let down = linear(config.mlp_bias)?;
+            let (attention_norm, mlp_norm) = (next()?, next()?);
+            let qk_norm = if config.family.qk_norm { Some((next()?, next()?)) } else { None };
+            layers.push(Layer { attention_norm, qkv, output, qk_norm, mlp_norm, gate_up, down });
+        }
+        let norm = next()?;
+        let head = if config.tied { None } else { Some(next()?) };
+        let rotary = Rotary::new(config, positions.min(config.max_positions), placement.device)?;
+        Ok(Self { config: config.clone(), placement, embedding, layers, norm, head, rotary })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// Longest sequence that [`Transformer::hidden`] takes.
+    pub fn context(&self) -> usize {
+        self.rotary.positions()
+    }
+
+    /// Final hidden states (after the last norm) of `tokens: [batch, seq]` (i64): `[batch, seq, hidden]`.
+    pub fn hidden(&self, tokens: &Tensor, attention: Attention) -> Result<Tensor, ModelError> {
+        let (batch, length) = tokens.size2()?;
+        let dtype = self.placement.dtype.kind();
+        let angles = self.rotary.window(0, length as usize, dtype)?;
+        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
+        for layer in &self.layers {
+            let normed = self.rms_norm(&x, &layer.attention_norm)?;
+            x = x.f_add(&self.attend(layer, &normed, &angles, attention, batch, length)?)?;
+            let normed = self.rms_norm(&x, &layer.mlp_norm)?;
+            x = x.f_add(&self.mlp(layer, &normed)?)?;
+        }
+        self.rms_norm(&x, &self.norm)
+    }
+
+    /// Logits of chosen rows, `hidden: [rows, hidden]` to `[rows, vocab]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        Ok(hidden.f_to_kind(head.f_kind()?)?.f_linear(head, None::<&Tensor>)?)
+    }
+
+    fn attend(
+        &self,
+        layer: &Layer,
+        x: &Tensor,
+        angles: &(Tensor, Tensor),
+        attention: Attention,
+        batch: i64,
+        length: i64,
+    ) -> Result<Tensor, ModelError> {
+        let c = &self.config;
+        let (heads, kv_heads, head_dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
+        let qkv = layer.qkv.forward(x)?.f_view([batch, length, heads + 2 * kv_heads, head_dim])?;
+        let value = qkv.f_narrow(2, heads + kv_heads, kv_heads)?;
+        // Queries and keys turn together: one rotation instead of two.
+        let mut query_key = qkv.f_narrow(2, 0, heads + kv_heads)?;
+        if let Some((query_norm, key_norm)) = &layer.qk_norm {
+            query_key = Tensor::f_cat(
+                &[
+                    self.rms_norm(&query_key.f_narrow(2, 0, heads)?, query_norm)?,
+                    self.rms_norm(&query_key.f_narrow(2, heads, kv_heads)?, key_norm)?,
+                ],
+                2,
+            )?;
+        }
+        let query_key = rotate(&query_key, angles)?;
+        let query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
+        let key = self.repeat_heads(query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?)?;
+        let value = self.repeat_heads(value.f_transpose(1, 2)?)?;
+        let causal = attention == Attention::Causal;
+        let mixed =
+            Tensor::f_scaled_dot_product_attention(&query, &key, &value, None::<&Tensor>, 0.0, causal, None::<f64>, false)?;
+        layer.output.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, heads * head_dim])?)
+    }
+
+    /// Grouped-query attention: each key/value head serves `heads / kv_heads` query heads. `[batch, kv_heads, seq, dim]`.
+    fn repeat_heads(&self, x: Tensor) -> Result<Tensor, ModelError> {
+        let groups = (self.config.heads / self.config.kv_heads) as i64;
+        if groups == 1 {
+            return Ok(x);
+        }
+        let (batch, kv_heads, length, dim) = x.size4()?;
+        let x = x.f_unsqueeze(2)?.f_expand([batch, kv_heads, groups, length, dim], false)?;
+        Ok(x.f_reshape([batch, kv_heads * groups, length, dim])?)
+    }
+
+    /// SwiGLU: `down(silu(gate(x)) * up(x))`.
+    fn mlp(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, ModelError> {
+        let width = self.config.intermediate_size as i64;
+        let gate_up = layer.gate_up.forward(x)?;
+        let gate = gate_up.f_narrow(-1, 0, width)?.f_silu()?;
+        layer.down.forward(&gate.f_mul(&gate_up.f_narrow(-1, width, width)?)?)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(x.f_rms_norm(weight.size(), Some(weight), self.config.norm_eps)?)
+    }
+}
+
+/// Several products of one input as one: their outputs side by side.
+fn join(parts: &[Linear]) -> Result<Linear, ModelError> {
+    let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
+    let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();
+    let bias = biases.map(|biases| Tensor::f_cat(&biases, 0)).transpose()?;
+    Ok(Linear { weight: Tensor::f_cat(&weights, 0)?, bias })
+}
+
+/// Weights drawn from a normal distribution, for benchmarks of a shape whose weights are not at hand.
+pub struct RandomWeights {
+    pub placement: Placement,
+}
+
+impl Source for RandomWeights {
+    type Error = ModelError;
+
+    fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor, ModelError> {
+        let options = (self.placement.dtype.kind(), self.placement.device);
+        if spec.shape.len() == 1 {
+            return Ok(Tensor::f_ones(&spec.shape, options)?);
+        }
+        let kind = if self.placement.dtype == Dtype::F16 { Kind::Float } else { options.0 };
+        Ok(Tensor::f_randn(&spec.shape, (kind, options.1))?.f_mul_scalar(0.02)?.f_to_kind(options.0)?)
+    }
+}

@@ -1,0 +1,126 @@
+//! From logits to what decoding needs: chosen token, confidence, margin and entropy of each wanted row.
+//!
+//! Rows are worked through in chunks small enough to stay in the cache, so that no float copy of all rows' logits exists. Sums of
+//! probabilities are taken in f64: two confidences of 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
+
+use super::ModelError;
+use crate::decode::{RowStatistics, Sampling};
+use crate::tensor::{Kind, Tensor};
+
+/// Logits worked on at a time. 256 Ki f32 are 1 MiB, about a core's second-level cache.
+const CHUNK: i64 = 256 * 1024;
+
+/// Statistics of `logits: [rows, vocab]`, in order. `noise_seed` seeds the Gumbel noise where a temperature asks for it.
+pub fn statistics(logits: &Tensor, sampling: &Sampling, noise_seed: u64) -> Result<Vec<RowStatistics>, ModelError> {
+    let (rows, vocab) = logits.size2()?;
+    let mut found = Vec::with_capacity(rows as usize);
+    if sampling.temperature > 0.0 {
+        tch::manual_seed(noise_seed as i64);
+    }
+    let chunk = (CHUNK / vocab).clamp(1, rows.max(1));
+    let mut start = 0;
+    while start < rows {
+        let length = chunk.min(rows - start);
+        chunk_statistics(&logits.f_narrow(0, start, length)?, sampling, &mut found)?;
+        start += length;
+    }
+    if found.iter().any(|row| !row.confidence.is_finite()) {
+        return Err(ModelError::NotFinite);
+    }
+    Ok(found)
+}
+
+fn chunk_statistics(logits: &Tensor, sampling: &Sampling, found: &mut Vec<RowStatistics>) -> Result<(), ModelError> {
+    let mut plain = logits.f_to_kind(Kind::Float)?;
+    if !sampling.logit_bias.is_empty() || !sampling.forbidden.is_empty() {
+        // The conversion above copies only where the type changes; what follows writes.
+        plain = if logits.kind() == Kind::Float { plain.f_detach_copy()? } else { plain };
+        if !sampling.logit_bias.is_empty() {
+            let (ids, biases): (Vec<i64>, Vec<f32>) = sampling.logit_bias.iter().map(|(id, b)| (i64::from(*id), *b)).unzip();
+            let index = Tensor::f_from_slice(&ids)?.f_to_device(plain.device())?;
+            let biases = Tensor::f_from_slice(&biases)?.f_to_device(plain.device())?;
+            let _ =
+                plain.f_index_add_(1, &index, &biases.f_unsqueeze(0)?.f_expand([plain.size()[0], ids.len() as i64], false)?)?;
+        }
+        forbid(&mut plain, &sampling.forbidden)?;
+    }
+    // Filters and temperature make the distribution that is drawn from; LLaDA takes confidence from the plain one all the same.
+    let drawn = filtered(&plain, sampling)?;
+    let drawn = drawn.as_ref().unwrap_or(&plain);
+    let token = if sampling.temperature > 0.0 {
+        // argmax(logits / T + Gumbel), with the noise as −ln of an exponential, in f64 (arXiv 2409.02908).
+        let noise = drawn.f_to_kind(Kind::Double)?.f_empty_like()?.f_exponential(1.0)?.f_log()?;
+        drawn.f_to_kind(Kind::Double)?.f_sub(&noise)?.f_argmax(-1, true)?
+    } else {
+        drawn.f_argmax(-1, true)?
+    };
+    let mut judged = if sampling.filtered_confidence { drawn.shallow_clone() } else { plain.shallow_clone() };
+    if !sampling.unconfident.is_empty() {
+        judged = judged.f_detach_copy()?;
+        forbid(&mut judged, &sampling.unconfident)?;
+    }
+    let best = judged.f_amax(-1, true)?;
+    let shifted = judged.f_sub(&best)?;
+    let weights = shifted.f_exp()?;
+    let total = weights.f_sum_dim_intlist(-1, true, Kind::Double)?;
+    let chosen = shifted.f_gather(-1, &token, false)?.f_to_kind(Kind::Double)?.f_exp()?;
+    let mut columns = vec![token.f_to_kind(Kind::Double)?, chosen.f_div(&total)?];
+    if sampling.margin {
+        let (top, _) = weights.f_topk(2.min(weights.size()[1]), -1, true, true)?;
+        let top = top.f_to_kind(Kind::Double)?.f_div(&total)?;
+        columns.push(top.f_narrow(1, 0, 1)?.f_sub(&top.f_narrow(1, top.size()[1] - 1, 1)?)?);
+    }
+    if sampling.entropy {
+        // −Σ p ln p with p = w / Σw and ln w = shifted; a forbidden token has w = 0 and must not become 0 · ∞.
+        let weighted = weights.f_mul(&shifted.f_clamp_min(-1e4)?)?.f_sum_dim_intlist(-1, true, Kind::Double)?;
+        columns.push(total.f_log()?.f_sub(&weighted.f_div(&total)?)?);
+    }
+    let table = Tensor::f_cat(&columns, 1)?.f_to_device(tch::Device::Cpu)?.f_contiguous()?;
+    let width = columns.len();
+    let values: Vec<f64> = Vec::try_from(&table.f_view(-1)?)?;
+    found.extend(values.chunks(width).map(|row| RowStatistics {
+        token: row[0] as u32,
+        confidence: row[1],
+        margin: if sampling.margin { row[2] } else { 0.0 },
+        entropy: if sampling.entropy { row[width - 1] } else { 0.0 },
+    }));
+    Ok(())
+}
+
+fn forbid(logits: &mut Tensor, ids: &[u32]) -> Result<(), ModelError> {
+    if !ids.is_empty() {
+        let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
+        let index = Tensor::f_from_slice(&ids)?.f_to_device(logits.device())?;
+        let _ = logits.f_index_fill_(1, &index, f64::NEG_INFINITY)?;
+    }
+    Ok(())
+}
+
+/// Logits over the temperature with all but the admitted tokens at −∞; `None` where nothing changes them.
+fn filtered(plain: &Tensor, sampling: &Sampling) -> Result<Option<Tensor>, ModelError> {
+    let tempered = sampling.temperature > 0.0 && sampling.temperature != 1.0;
+    if !tempered && sampling.top_k.is_none() && sampling.top_p.is_none() && sampling.min_p.is_none() {
+        return Ok(None);
+    }
+    let mut logits = if tempered { plain.f_div_scalar(sampling.temperature)? } else { plain.f_detach_copy()? };
+    let vocab = logits.size()[1];
+    if let Some(top_p) = sampling.top_p {
+        // The smallest set that reaches top_p: a token is out if those before it reach it without it.
+        let (sorted, order) = logits.f_sort(-1, true)?;
+        let probability = sorted.f_softmax(-1, Kind::Float)?;
+        let before = probability.f_cumsum(-1, Kind::Float)?.f_sub(&probability)?;
+        let out = before.f_gt(top_p)?;
+        let out = out.f_scatter(1, &order, &out)?;
+        logits = logits.f_masked_fill(&out, f64::NEG_INFINITY)?;
+    }
+    if let Some(top_k) = sampling.top_k.filter(|k| i64::from(*k) < vocab) {
+        let (top, _) = logits.f_topk(i64::from(top_k), -1, true, true)?;
+        let least = top.f_narrow(1, i64::from(top_k) - 1, 1)?;
+        logits = logits.f_masked_fill(&logits.f_lt_tensor(&least)?, f64::NEG_INFINITY)?;
+    }
+    if let Some(min_p) = sampling.min_p {
+        let least = logits.f_amax(-1, true)?.f_add_scalar(min_p.ln())?;
+        logits = logits.f_masked_fill(&logits.f_lt_tensor(&least)?, f64::NEG_INFINITY)?;
+    }
+    Ok(Some(logits))
+}

@@ -1,0 +1,103 @@
+//! libtorch behind one small door: where tensors live, of what type they are, and how many threads compute them.
+//!
+//! Everything else in the crate receives a [`Placement`] and never asks libtorch which devices there are. It knows nothing of
+//! models.
+
+use std::str::FromStr;
+
+pub use tch::{Device, Kind, TchError, Tensor};
+
+/// Floating-point type of weights and activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Dtype {
+    pub fn kind(self) -> Kind {
+        match self {
+            Dtype::F32 => Kind::Float,
+            Dtype::F16 => Kind::Half,
+            Dtype::Bf16 => Kind::BFloat16,
+        }
+    }
+
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        if self == Dtype::F32 { 4 } else { 2 }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "f32",
+            Dtype::F16 => "f16",
+            Dtype::Bf16 => "bf16",
+        }
+    }
+}
+
+impl FromStr for Dtype {
+    type Err = String;
+
+    /// Accepts our names and those that `config.json` uses (`bfloat16`, `torch.float16`, …).
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name.strip_prefix("torch.").unwrap_or(name) {
+            "f32" | "float32" => Ok(Dtype::F32),
+            "f16" | "float16" => Ok(Dtype::F16),
+            "bf16" | "bfloat16" => Ok(Dtype::Bf16),
+            _ => Err(format!("unknown dtype '{name}': use f32, f16 or bf16")),
+        }
+    }
+}
+
+/// Where a model's tensors live and of what type they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    pub device: Device,
+    pub dtype: Dtype,
+}
+
+impl Placement {
+    pub const CPU_F32: Placement = Placement { device: Device::Cpu, dtype: Dtype::F32 };
+
+    /// `cpu` or `cuda:N`.
+    pub fn device_name(&self) -> String {
+        match self.device {
+            Device::Cuda(index) => format!("cuda:{index}"),
+            _ => "cpu".into(),
+        }
+    }
+}
+
+/// Resolves `auto`, `cpu` or `cuda:N`. The CUDA libraries are opened only here, so that one binary starts on any machine.
+pub fn device(name: &str) -> Result<Device, String> {
+    let index = match name {
+        "cpu" => return Ok(Device::Cpu),
+        "auto" | "cuda" => 0,
+        _ => name
+            .strip_prefix("cuda:")
+            .and_then(|index| index.parse::<usize>().ok())
+            .ok_or_else(|| format!("unknown device '{name}': use auto, cpu or cuda:N"))?,
+    };
+    let found = if open_cuda() && tch::Cuda::is_available() { tch::Cuda::device_count().max(0) as usize } else { 0 };
+    match (name, index < found) {
+        (_, true) => Ok(Device::Cuda(index)),
+        ("auto", false) => Ok(Device::Cpu),
+        (_, false) => Err(format!("device '{name}' is not here: {found} CUDA devices were found; use --device cpu")),
+    }
+}
+
+/// Makes libtorch's CUDA half available to this process. Nothing links it, so a machine without it is no error.
+fn open_cuda() -> bool {
+    // SAFETY: the name is a NUL-terminated constant; the library registers its kernels when loaded and is never unloaded.
+    unsafe { !libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL).is_null() }
+}
+
+/// Sets how many threads one operation may use; 0 leaves libtorch's choice (one per core).
+pub fn set_threads(threads: usize) {
+    if threads > 0 {
+        tch::set_num_threads(threads.min(1024) as i32);
+    }
+}

@@ -1,0 +1,288 @@
+//! Training the small models that ship, on libtorch autograd through the very stack that serves them.
+//!
+//! [`run`] is the loop: batches come from [`data`], parameters and optimiser from [`parameters`], the vocabulary from
+//! [`vocabulary`]. Everything random follows from the seed and the step's number, so a resumed run sees the batches that an
+//! unbroken one would have seen. It knows nothing of decoding or serving.
+
+pub mod data;
+pub mod parameters;
+pub mod vocabulary;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use crate::checkpoint::config::ModelConfig;
+use crate::checkpoint::tokenizer::Tokenizer;
+use crate::checkpoint::write_atomically;
+use crate::eval::nano::Split;
+use crate::model::Transformer;
+use crate::tensor::{Device, Dtype, Kind, Placement, Tensor};
+use data::{Batch, Batches};
+use parameters::{AdamW, Parameters};
+
+/// A checkpoint is written this often, so that a kill loses less than a minute.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(30);
+const VALIDATE_EVERY: u64 = 500;
+const VALIDATION_BATCHES: u64 = 8;
+
+/// What to train and for how long. Given both bounds, the run ends at the first.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Folder of the model: written if absent, resumed if it holds a training state.
+    pub out: PathBuf,
+    pub seed: u64,
+    pub steps: Option<u64>,
+    pub minutes: Option<f64>,
+    pub batch: usize,
+    pub learning_rate: f64,
+    pub hidden_size: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub dtype: Dtype,
+    pub threads: usize,
+}
+
+/// Where a run stands; saved with the weights.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Progress {
+    pub step: u64,
+    pub tokens: u64,
+    pub seconds: f64,
+}
+
+impl Options {
+    /// Share of the run that is done, 0 to 1: by steps where they are given, else by time spent training.
+    fn share(&self, progress: Progress) -> f64 {
+        let steps = self.steps.map_or(0.0, |steps| progress.step as f64 / steps as f64);
+        let time = self.minutes.map_or(0.0, |minutes| progress.seconds / 60.0 / minutes);
+        steps.max(time).min(1.0)
+    }
+
+    /// Linear warm-up over 300 steps, a plateau, then linearly to zero over the last 40 %.
+    fn learning_rate(&self, progress: Progress) -> f64 {
+        let warm_up = ((progress.step + 1) as f64 / 300.0).min(1.0);
+        let decay = ((1.0 - self.share(progress)) / 0.4).min(1.0);
+        self.learning_rate * warm_up * decay
+    }
+}
+
+/// Trains a masked diffusion model on the nano tasks (LLaDA's objective on the answer; see [`data`] for the masking).
+pub fn run(options: &Options) -> Result<()> {
+    ensure!(options.steps.is_some() || options.minutes.is_some(), "say how long to train: --steps or --minutes");
+    ensure!(options.batch > 0 && options.batch <= 4096, "--batch must be from 1 to 4096");
+    ensure!(options.hidden_size.is_multiple_of(options.heads.max(1) * 2), "--hidden-size must be a multiple of 2 × --heads");
+    crate::tensor::set_threads(options.threads);
+    std::fs::create_dir_all(options.out.join("training")).context("cannot create the model's folder")?;
+    let tokenizer = vocabulary::open_or_build(&options.out, options.seed)?;
+    let config = model_config(options, &tokenizer)?;
+    let mut parameters = Parameters::new(&config, options.dtype, options.seed)?;
+    let mut optimizer = AdamW::new(&parameters, 0.1)?;
+    let state = options.out.join("training/state.safetensors");
+    let mut progress = parameters::resume(&state, &mut parameters, &mut optimizer)?.unwrap_or_default();
+    let mut curve = curve_file(options, progress)?;
+    let batches = Batches { tokenizer: &tokenizer, seed: options.seed, size: options.batch, split: Split::Train };
+    let bar = progress_bar();
+    bar.println(format!(
+        "training {} parameters, vocabulary {}, from step {}",
+        config.parameters(),
+        config.vocab_size,
+        progress.step
+    ));
+    let mut saved = Instant::now();
+    let (mut recent, mut pool) = (Recent::default(), Vec::new());
+    while options.share(progress) < 1.0 {
+        let started = Instant::now();
+        let place = (progress.step % data::POOL) as usize;
+        if place == 0 || pool.is_empty() {
+            pool = batches.pool(progress.step / data::POOL)?;
+        }
+        let batch = &pool[place];
+        let rate = options.learning_rate(progress);
+        let loss = step(&config, &mut parameters, &mut optimizer, batch, rate)?;
+        progress.step += 1;
+        progress.tokens += batch.tokens.len() as u64;
+        progress.seconds += started.elapsed().as_secs_f64();
+        recent.add(loss, batch.tokens.len(), started.elapsed());
+        if progress.step.is_multiple_of(10) {
+            bar.set_position((options.share(progress) * 1000.0) as u64);
+            bar.set_message(format!("step {} loss {:.4} {:.0} tok/s", progress.step, recent.loss, recent.rate()));
+        }
+        let done = options.share(progress) >= 1.0;
+        if progress.step.is_multiple_of(VALIDATE_EVERY) || done {
+            let (validation_loss, exact) = validate(&config, &parameters, &tokenizer, options)?;
+            let line = json!({
+                "step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds.round(), "learning_rate": rate,
+                "loss": recent.loss, "held_out_loss": validation_loss, "held_out_exact_in_one_forward": exact,
+                "tokens_per_second": recent.rate().round(),
+            });
+            bar.println(line.to_string());
+            writeln!(curve, "{line}").context("cannot write the learning curve")?;
+        }
+        if done || saved.elapsed() > CHECKPOINT_EVERY {
+            parameters::save(&state, &parameters, &optimizer, progress)?;
+            write_model(options, &config, &parameters)?;
+            saved = Instant::now();
+        }
+    }
+    bar.finish();
+    Ok(())
+}
+
+/// One optimiser step; returns the loss. A loss that is not finite ends the run before it spoils the weights.
+fn step(config: &ModelConfig, parameters: &mut Parameters, optimizer: &mut AdamW, batch: &Batch, rate: f64) -> Result<f64> {
+    let model = network(config, parameters)?;
+    let (loss, _) = losses(&model, batch)?;
+    let value = loss.f_double_value(&[])?;
+    if !value.is_finite() {
+        bail!("the loss is {value}: lower --learning-rate");
+    }
+    loss.f_backward()?;
+    optimizer.step(parameters, rate)?;
+    Ok(value)
+}
+
+fn network(config: &ModelConfig, parameters: &mut Parameters) -> Result<Transformer> {
+    let placement = Placement { device: Device::Cpu, dtype: parameters.dtype() };
+    Ok(Transformer::new(config, placement, 256, parameters)?)
+}
+
+/// Mean cross-entropy over the batch's loss rows, and whether each row's best token is right (`[rows]`, bool).
+fn losses(model: &Transformer, batch: &Batch) -> Result<(Tensor, Tensor)> {
+    let shape = [batch.size as i64, (batch.tokens.len() / batch.size) as i64];
+    let tokens = Tensor::f_from_slice(&batch.tokens)?.f_view(shape)?;
+    let hidden = model.hidden(&tokens, model.config().attention)?;
+    let hidden = hidden.f_reshape([-1, model.config().hidden_size as i64])?;
+    let rows = Tensor::f_from_slice(&batch.rows)?;
+    let targets = Tensor::f_from_slice(&batch.targets)?;
+    let logits = model.logits(&hidden.f_index_select(0, &rows)?)?.f_to_kind(Kind::Float)?;
+    let loss = logits.f_cross_entropy_loss(&targets, None::<&Tensor>, tch::Reduction::Mean, -100, 0.0)?;
+    let right = logits.f_argmax(-1, false)?.f_eq_tensor(&targets)?;
+    Ok((loss, right))
+}
+
+/// On held-out compositions, from a fully masked canvas: the loss, and the share of tasks whose every token up to the end of
+/// the text is right after one forward. The decoder usually does better than that, since it may look again.
+fn validate(config: &ModelConfig, parameters: &Parameters, tokenizer: &Tokenizer, options: &Options) -> Result<(f64, f64)> {
+    let held_out = Batches { tokenizer, seed: options.seed ^ 0x5eed, size: 32, split: Split::HeldOut };
+    tch::no_grad(|| {
+        let mut weights = parameters.shallow_clone();
+        let model = network(config, &mut weights)?;
+        let (mut loss, mut exact, mut tasks) = (0.0, 0, 0);
+        for index in 0..VALIDATION_BATCHES {
+            let batch = held_out.fully_masked(index)?;
+            let (batch_loss, right) = losses(&model, &batch)?;
+            loss += batch_loss.f_double_value(&[])? / VALIDATION_BATCHES as f64;
+            let right: Vec<bool> = Vec::try_from(&right)?;
+            let mut wrong = vec![false; batch.size];
+            for (row, right) in batch.rows.iter().zip(right) {
+                wrong[*row as usize / (batch.tokens.len() / batch.size)] |= !right;
+            }
+            exact += wrong.iter().filter(|wrong| !**wrong).count();
+            tasks += batch.size;
+        }
+        Ok((loss, exact as f64 / tasks as f64))
+    })
+}
+
+/// The shipped model is a LLaDA by its config: the authors' own code can load it.
+fn model_config(options: &Options, tokenizer: &Tokenizer) -> Result<ModelConfig> {
+    let token = |name: &str| tokenizer.token_id(name).with_context(|| format!("the tokenizer lacks {name}"));
+    let json = json!({
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "d_model": options.hidden_size,
+        "n_layers": options.layers,
+        "n_heads": options.heads,
+        "n_kv_heads": options.heads,
+        // 8/3 of the width in multiples of 64: the usual size where the MLP has three matrices.
+        "mlp_hidden_size": (options.hidden_size * 8 / 3).next_multiple_of(64),
+        "vocab_size": tokenizer.size(),
+        "embedding_size": tokenizer.size().next_multiple_of(16),
+        "max_sequence_length": 256,
+        "rope": true,
+        "rope_theta": 10000.0,
+        "rope_full_precision": true,
+        "rms_norm_eps": 1e-5,
+        "layer_norm_type": "rms",
+        "activation_type": "silu",
+        "block_type": "llama",
+        "block_group_size": 1,
+        "alibi": false,
+        "attention_layer_norm": false,
+        "include_bias": false,
+        "include_qkv_bias": false,
+        "bias_for_layer_norm": false,
+        "input_emb_norm": false,
+        "scale_logits": false,
+        "weight_tying": true,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "mask_token_id": token(vocabulary::MASK)?,
+        "eos_token_id": token(vocabulary::END)?,
+        "pad_token_id": token(vocabulary::END)?,
+        "torch_dtype": "float16",
+    });
+    write_atomically(&options.out.join("config.json"), &serde_json::to_vec_pretty(&json)?)?;
+    let generation = json!({
+        "eos_token_id": token(vocabulary::END)?,
+        "max_new_tokens": data::CANVAS,
+        // The decoder's defaults for this model; docs/LOG.md has the measurements behind them.
+        "diffusion": { "block_length": data::CANVAS, "threshold": 0.9 },
+    });
+    write_atomically(&options.out.join("generation_config.json"), &serde_json::to_vec_pretty(&generation)?)?;
+    ModelConfig::from_json(&json).map_err(anyhow::Error::msg)
+}
+
+fn write_model(options: &Options, config: &ModelConfig, parameters: &Parameters) -> Result<()> {
+    let tensors: Vec<_> = crate::model::manifest(config)
+        .into_iter()
+        .map(|spec| Ok((spec.name.clone(), parameters.get(&spec.name)?.shallow_clone())))
+        .collect::<Result<_>>()?;
+    // 11 bits of mantissa are plenty for weights of this size, at half the bytes.
+    Ok(crate::checkpoint::weights::save(&options.out.join("model.safetensors"), &tensors, Dtype::F16)?)
+}
+
+/// The curve goes on where a resumed run stands; lines past that point come from steps that a kill undid.
+fn curve_file(options: &Options, progress: Progress) -> Result<std::fs::File> {
+    let path = options.out.join("training/curve.jsonl");
+    let old = std::fs::read_to_string(&path).unwrap_or_default();
+    let step = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64();
+    let kept: String =
+        old.lines().filter(|line| step(line).is_some_and(|s| s <= progress.step)).map(|l| format!("{l}\n")).collect();
+    write_atomically(&path, kept.as_bytes())?;
+    std::fs::OpenOptions::new().append(true).open(&path).context("cannot open the learning curve")
+}
+
+fn progress_bar() -> ProgressBar {
+    let bar = ProgressBar::new(1000);
+    let style = ProgressStyle::with_template("{elapsed_precise} [{bar:40}] {percent}% {msg} eta {eta}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}
+
+/// Smoothed loss and speed for the display and the curve.
+#[derive(Default)]
+struct Recent {
+    loss: f64,
+    tokens: f64,
+    seconds: f64,
+}
+
+impl Recent {
+    fn add(&mut self, loss: f64, tokens: usize, time: Duration) {
+        const KEEP: f64 = 0.99;
+        self.loss = if self.seconds == 0.0 { loss } else { KEEP * self.loss + (1.0 - KEEP) * loss };
+        self.tokens = KEEP * self.tokens + tokens as f64;
+        self.seconds = KEEP * self.seconds + time.as_secs_f64();
+    }
+
+    fn rate(&self) -> f64 {
+        self.tokens / self.seconds.max(1e-9)
+    }
+}
