@@ -156,7 +156,7 @@ impl Diffusion {
     }
 
     /// [`Decoder::advance`] with the draws given (one for each cell of the canvas).
-    pub(crate) fn advance_with(&mut self, rows: &[RowStatistics], uniforms: &[f64]) -> Step {
+    pub fn advance_with(&mut self, rows: &[RowStatistics], uniforms: &[f64]) -> Step {
         let open = self.open_cells();
         assert_eq!(open.len(), rows.len(), "one row of statistics for each wanted position");
         let parameters = &self.parameters;
