@@ -1,16 +1,15 @@
-fn main() -> anyhow::Result<()> {
-    let args: Vec<String> = std::env::args().collect();
-    lacuna::train::run(&lacuna::train::Options {
-        out: args[1].clone().into(),
-        seed: 1,
-        steps: None,
-        minutes: Some(args[2].parse()?),
-        batch: args[3].parse()?,
-        learning_rate: args[4].parse()?,
-        hidden_size: 256,
-        layers: 6,
-        heads: 8,
-        dtype: args[5].parse().map_err(anyhow::Error::msg)?,
-        threads: 2,
-    })
+//! The `lacuna` command. Exit codes: 0 it is done, 1 it failed, 2 it was asked for what cannot be.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match lacuna::cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        // `lacuna generate … | head`: the reader has had enough, and nobody is left to tell.
+        Err(error) if lacuna::cli::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", lacuna::cli::message(&error));
+            ExitCode::from(if lacuna::cli::is_usage(&error) { 2 } else { 1 })
+        }
+    }
 }

@@ -199,11 +199,15 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
     if options.stops.len() > STOPS_MAX {
         return invalid("stop", format!("{} stop strings are more than {STOPS_MAX}", options.stops.len()));
     }
-    let defaults = match &model.generation.diffusion {
+    let mut defaults = match &model.generation.diffusion {
         Some(json) => DiffusionOptions::deserialize(json)
             .map_err(|e| Invalid::Unsupported(format!("the model's generation_config.json: diffusion: {e}")))?,
         None => DiffusionOptions::default(),
     };
+    if fixed_behind_hole(&pieces) {
+        // An end-of-text inside a hole would cut off the fixed text behind it, so it is not chosen unless a request insists.
+        defaults.suppress_end = defaults.suppress_end.or(Some(!model.generation.eos_token_ids.is_empty()));
+    }
     let parameters = parameters(model, &options, defaults, mask, canvas.len())?;
     Ok(Request { id: options.id, canvas, parameters, stops: options.stops, steps: options.steps, deadline: options.deadline })
 }
@@ -271,6 +275,11 @@ fn pieces(model: &ModelInfo, options: &GenerateOptions) -> Result<Vec<Piece>, In
         return invalid("template", "there is no hole to fill");
     }
     Ok(pieces)
+}
+
+fn fixed_behind_hole(pieces: &[Piece]) -> bool {
+    let first = pieces.iter().position(|piece| matches!(piece, Piece::Hole(_)));
+    first.is_some_and(|first| pieces[first..].iter().any(|piece| matches!(piece, Piece::Fixed(ids) if !ids.is_empty())))
 }
 
 /// A number within bounds; NaN and infinity are in none.

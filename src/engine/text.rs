@@ -74,3 +74,67 @@ impl Detokenizer {
         boundaries.filter(|at| complete - at < longest).find(begins_stop).unwrap_or(complete)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::Path;
+    use std::sync::LazyLock;
+
+    static TOKENIZER: LazyLock<Tokenizer> =
+        LazyLock::new(|| Tokenizer::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano")).unwrap());
+
+    /// Pushes `ids` in parts that end at `cuts`; returns the joined text and tokens.
+    fn push(stops: &[&str], ids: &[u32], cuts: &[usize]) -> (String, Vec<u32>, bool) {
+        let mut detokenizer = Detokenizer::new(stops.iter().map(|stop| stop.to_string()).collect());
+        let (mut text, mut tokens, mut start) = (String::new(), vec![], 0);
+        let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (ids.len() + 1)).collect();
+        cuts.sort_unstable();
+        cuts.push(ids.len());
+        for (index, cut) in cuts.iter().enumerate() {
+            let released = detokenizer.push(&TOKENIZER, &ids[start..*cut], index + 1 == cuts.len()).unwrap();
+            text.push_str(&released.text);
+            tokens.extend(released.token_ids);
+            if released.stopped {
+                return (text, tokens, true);
+            }
+            start = *cut;
+        }
+        (text, tokens, false)
+    }
+
+    #[test]
+    fn a_stop_string_across_pushes_is_found_and_not_given_out() {
+        let ids = TOKENIZER.encode("return x * 3 if x", false).unwrap();
+        let singles: Vec<usize> = (0..ids.len()).collect();
+        assert_eq!(push(&["* 3"], &ids, &singles).0, "return x ");
+        assert_eq!(push(&["* 4"], &ids, &singles), ("return x * 3 if x".into(), ids, false));
+    }
+
+    proptest! {
+        /// Whatever the tokens (split characters and invalid bytes among them) and however they come.
+        #[test]
+        fn parts_join_to_the_whole(
+            ids in prop_oneof![
+                prop::collection::vec(0u32..900, 0..40),
+                "[a-zäß漢🙂 ]{0,20}".prop_map(|text| TOKENIZER.encode(&text, false).unwrap()),
+            ],
+            cuts in prop::collection::vec(any::<usize>(), 0..10),
+        ) {
+            let whole = TOKENIZER.decode(&ids, false).unwrap();
+            let (text, tokens, stopped) = push(&["§never§"], &ids, &cuts);
+            prop_assert_eq!((text, tokens, stopped), (whole, ids, false));
+        }
+
+        #[test]
+        fn nothing_at_or_behind_a_stop_string_is_given_out(
+            text in "[ab ]{0,24}", stop in "[ab ]{1,3}", cuts in prop::collection::vec(any::<usize>(), 0..10),
+        ) {
+            let ids = TOKENIZER.encode(&text, false).unwrap();
+            let expected = text.find(&stop).map_or(text.as_str(), |at| &text[..at]);
+            let (found, _, stopped) = push(&[&stop], &ids, &cuts);
+            prop_assert_eq!((found.as_str(), stopped), (expected, text.contains(&stop)));
+        }
+    }
+}

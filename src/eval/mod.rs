@@ -1,4 +1,6 @@
-//! Whether generated text is right, and how fast it came: tasks, the execution of generated code, comparison, and reports.
+//! Whether generated text is right, and how fast it came: tasks, the execution of generated code, and measurements.
 
 pub mod nano;
 pub mod sandbox;
+pub mod step;
+pub mod suite;

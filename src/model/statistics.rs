@@ -124,3 +124,106 @@ fn filtered(plain: &Tensor, sampling: &Sampling) -> Result<Option<Tensor>, Model
     }
     Ok(Some(logits))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Device;
+
+    fn logits(rows: &[&[f32]]) -> Tensor {
+        let flat: Vec<f32> = rows.concat();
+        Tensor::from_slice(&flat).view([rows.len() as i64, -1])
+    }
+
+    fn one(row: &[f32], sampling: &Sampling) -> RowStatistics {
+        statistics(&logits(&[row]), sampling, 1).unwrap()[0]
+    }
+
+    fn close(a: f64, b: f64) -> bool {
+        (a - b).abs() < 1e-6
+    }
+
+    #[test]
+    fn greedy_statistics_are_those_of_the_softmax() {
+        let all = Sampling { margin: true, entropy: true, ..Sampling::default() };
+        let row = one(&[1.0, 3.0, 2.0], &all);
+        let weights = [1.0f64, 3.0, 2.0].map(f64::exp);
+        let p = weights.map(|w| w / weights.iter().sum::<f64>());
+        let entropy: f64 = p.iter().map(|p| -p * p.ln()).sum();
+        assert_eq!(row.token, 1);
+        assert!(close(row.confidence, p[1]) && close(row.margin, p[1] - p[2]) && close(row.entropy, entropy), "{row:?}");
+    }
+
+    #[test]
+    fn near_certain_confidences_keep_their_order() {
+        // 1 − 10⁻⁸ and 1 − 10⁻⁹: equal in f32.
+        let rows = statistics(&logits(&[&[18.4, 0.0], &[20.7, 0.0]]), &Sampling::default(), 0).unwrap();
+        assert!(rows[0].confidence < rows[1].confidence, "{rows:?}");
+    }
+
+    #[test]
+    fn forbidden_tokens_have_neither_choice_nor_probability() {
+        let row = one(&[5.0, 1.0, 1.0], &Sampling { forbidden: vec![0], entropy: true, ..Sampling::default() });
+        assert!(row.token == 1 && close(row.confidence, 0.5) && close(row.entropy, 2f64.ln()), "{row:?}");
+        let late = one(&[5.0, 1.0, 1.0], &Sampling { unconfident: vec![0], ..Sampling::default() });
+        assert_eq!((late.token, late.confidence), (0, 0.0));
+    }
+
+    #[test]
+    fn the_logits_given_are_not_written_to() {
+        let given = logits(&[&[5.0, 1.0, 1.0]]);
+        let sampling = Sampling { forbidden: vec![0], logit_bias: vec![(2, 3.0)], ..Sampling::default() };
+        assert_eq!(statistics(&given, &sampling, 0).unwrap()[0].token, 2);
+        assert_eq!(Vec::<f32>::try_from(given.view(-1)).unwrap(), [5.0, 1.0, 1.0]);
+    }
+
+    /// 80,000 draws, from four seeds, against softmax(logits / T) after each filter; the bound is four standard errors.
+    #[test]
+    fn sampling_follows_the_filtered_distribution() {
+        let row = [2.0f32, 1.0, 0.5, -1.0];
+        let draws = 20_000;
+        let cases = [
+            (Sampling { temperature: 1.0, ..Sampling::default() }, vec![0, 1, 2, 3]),
+            (Sampling { temperature: 0.5, ..Sampling::default() }, vec![0, 1, 2, 3]),
+            (Sampling { temperature: 1.0, top_k: Some(2), ..Sampling::default() }, vec![0, 1]),
+            // Probabilities 0.60, 0.22, 0.13, 0.03: two tokens reach 0.7.
+            (Sampling { temperature: 1.0, top_p: Some(0.7), ..Sampling::default() }, vec![0, 1]),
+            (Sampling { temperature: 1.0, min_p: Some(0.2), ..Sampling::default() }, vec![0, 1, 2]),
+        ];
+        for (sampling, admitted) in cases {
+            let many = Tensor::from_slice(&row).unsqueeze(0).expand([draws, 4], false).contiguous();
+            let mut counts = [0f64; 4];
+            for seed in 0..4 {
+                for row in statistics(&many, &sampling, seed).unwrap() {
+                    counts[row.token as usize] += 1.0;
+                }
+            }
+            let drawn: f64 = counts.iter().sum();
+            let weight = |token: usize| {
+                if admitted.contains(&token) { f64::from(row[token] / sampling.temperature as f32).exp() } else { 0.0 }
+            };
+            let total: f64 = (0..4).map(weight).sum();
+            for (token, count) in counts.iter().enumerate() {
+                let p = weight(token) / total;
+                let error = 4.0 * (p * (1.0 - p) / drawn).sqrt();
+                assert!((count / drawn - p).abs() <= error, "{sampling:?} token {token}: {} for {p}", count / drawn);
+            }
+        }
+    }
+
+    #[test]
+    fn noise_is_a_function_of_its_seed() {
+        let logits = Tensor::zeros([8, 50], (Kind::Float, Device::Cpu));
+        let sampling = Sampling { temperature: 1.0, ..Sampling::default() };
+        let tokens = |seed| statistics(&logits, &sampling, seed).unwrap().iter().map(|row| row.token).collect::<Vec<_>>();
+        assert_eq!(tokens(1), tokens(1));
+        assert_ne!(tokens(1), tokens(2));
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_an_error() {
+        assert!(matches!(statistics(&logits(&[&[f32::NAN, 1.0]]), &Sampling::default(), 0), Err(ModelError::NotFinite)));
+        let all = Sampling { forbidden: vec![0, 1], ..Sampling::default() };
+        assert!(matches!(statistics(&logits(&[&[1.0, 1.0]]), &all, 0), Err(ModelError::NotFinite)));
+    }
+}

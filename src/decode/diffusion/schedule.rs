@@ -13,7 +13,7 @@ fn timestep(steps: usize, eps: f64, index: usize) -> f32 {
     let (start, end) = (1.0f32, eps as f32);
     let stride = (end - start) / steps as f32;
     // torch's linspace counts from both ends, for symmetry.
-    if index < steps.div_ceil(2) + usize::from(steps % 2 == 0) {
+    if index < steps.div_ceil(2) + usize::from(steps.is_multiple_of(2)) {
         start + stride * index as f32
     } else {
         end - stride * (steps - index) as f32

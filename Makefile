@@ -1,0 +1,58 @@
+# What there is to run. `make help` lists it; everything is built in the release profile, so that torch-sys compiles once.
+SHELL := bash
+MODEL ?= models/nano
+ADDRESS ?= 127.0.0.1:50051
+LACUNA := target/release/lacuna
+# How the model that ships was trained; its folder's training/curve.jsonl has the curve.
+TRAIN ?= --minutes 95 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
+# A task of the kind that the model has learnt.
+EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench train clean
+
+help: ## list what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo "  MODEL=$(MODEL) and ADDRESS=$(ADDRESS) may be set; LIBTORCH names a libtorch 2.11 of your own"
+
+setup: ## check the tools, install libtorch, fetch the crates
+	@scripts/setup-libtorch.sh
+
+setup-tests: ## install what the tests' Python clients need into .venv
+	@scripts/setup-tests.sh
+
+build: setup ## build target/release/lacuna
+	cargo build --release --locked
+
+serve: build ## serve MODEL on ADDRESS
+	@echo 'Call it from another terminal (README.md has Python too):'
+	@echo "  $(LACUNA) generate --server $(ADDRESS) \$$'$(EXAMPLE)'"
+	@echo "  grpcurl -plaintext -d '{\"text\": \"$(EXAMPLE)\"}' $(ADDRESS) lacuna.v1.Generation/Generate"
+	$(LACUNA) serve --model $(MODEL) --address $(ADDRESS)
+
+demo: build ## start a server, watch a canvas resolve, stop the server
+	@scripts/demo.sh $(MODEL)
+
+test: setup setup-tests ## run every test
+	cargo test --release --locked
+
+fmt: ## format the code
+	cargo fmt
+
+clippy: setup ## lint, with warnings denied
+	cargo clippy --release --all-targets --locked -- -D warnings
+
+doc: setup ## build the documentation, with warnings denied
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --locked
+
+eval: build ## measure how often MODEL is right
+	$(LACUNA) eval --model $(MODEL)
+
+bench: build ## measure how fast MODEL is
+	$(LACUNA) bench --model $(MODEL)
+
+train: build ## train the model that ships anew, into models/nano-new
+	$(LACUNA) train --out models/nano-new $(TRAIN)
+
+clean: ## remove what was built, but neither libtorch nor .venv
+	cargo clean

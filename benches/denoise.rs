@@ -1,0 +1,77 @@
+//! Statistics and selection at the vocabularies of LLaDA (126,464) and Dream (151,936), and one denoising step of a small model.
+//!
+//! `make bench`. Everything runs on the CPU in this process; criterion warms up and reports spread.
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use lacuna::checkpoint::config::ModelConfig;
+use lacuna::decode::diffusion::select::{Candidate, Rule, select};
+use lacuna::decode::{Sampling, Window};
+use lacuna::engine::runner;
+use lacuna::model::statistics::statistics;
+use lacuna::model::{RandomWeights, Transformer};
+use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor};
+
+const VOCABULARIES: [i64; 2] = [126_464, 151_936];
+
+fn row_statistics(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("statistics of 32 rows");
+    let plain = Sampling { forbidden: vec![7], ..Sampling::default() };
+    let variants = [
+        ("greedy", plain.clone()),
+        ("greedy + margin + entropy", Sampling { margin: true, entropy: true, ..plain.clone() }),
+        ("temperature 0.8", Sampling { temperature: 0.8, ..plain.clone() }),
+        ("temperature 0.8, top_p 0.95", Sampling { temperature: 0.8, top_p: Some(0.95), ..plain }),
+    ];
+    for vocabulary in VOCABULARIES {
+        let logits = Tensor::randn([32, vocabulary], (Kind::Float, Device::Cpu)) * 4.0;
+        for (kind, logits) in [("f32", logits.shallow_clone()), ("bf16", logits.to_kind(Kind::BFloat16))] {
+            for (name, sampling) in &variants {
+                let id = BenchmarkId::new(format!("{name}, {kind}"), vocabulary);
+                group.bench_function(id, |bencher| bencher.iter(|| statistics(&logits, sampling, 1).unwrap()));
+            }
+        }
+    }
+}
+
+fn selection(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("selection among 256 cells");
+    let candidates: Vec<Candidate> = (0..256u32)
+        .map(|cell| {
+            let score = f64::from(cell.wrapping_mul(2_654_435_761) >> 8) / f64::from(1 << 24);
+            Candidate { score, entropy: 1.0 - score }
+        })
+        .collect();
+    let uniforms: Vec<f64> = candidates.iter().map(|c| c.score).collect();
+    let rules = [
+        ("count", Rule::Count(8)),
+        ("threshold", Rule::Threshold(0.9)),
+        ("factor", Rule::Factor(1.0)),
+        ("entropy bound", Rule::EntropyBound(1.0)),
+    ];
+    for (name, rule) in rules {
+        group.bench_function(name, |bencher| bencher.iter(|| select(&candidates, rule, &uniforms)));
+    }
+}
+
+/// The network of the shipped model's shape with random weights: 20 tokens of prompt, 48 of canvas, f32.
+fn step(criterion: &mut Criterion) {
+    let json = serde_json::json!({
+        "architectures": ["LLaDAModelLM"], "d_model": 256, "n_layers": 6, "n_heads": 8, "mlp_hidden_size": 704,
+        "vocab_size": 944, "embedding_size": 944, "max_sequence_length": 256, "weight_tying": true, "mask_token_id": 1,
+    });
+    let config = ModelConfig::from_json(&json).unwrap();
+    let placement = Placement { device: Device::Cpu, dtype: Dtype::F32 };
+    let model = Transformer::new(&config, placement, 256, &mut RandomWeights { placement }).unwrap();
+    let window = Window {
+        tokens: (0..68).map(|n| if n < 20 { n + 10 } else { 1 }).collect(),
+        attention: config.attention,
+        positions: (20..68).collect(),
+        guidance: None,
+        sampling: Sampling { forbidden: vec![1], ..Sampling::default() },
+        noise_seed: 0,
+    };
+    criterion.bench_function("one denoising step", |bencher| bencher.iter(|| runner::run(&model, &window).unwrap()));
+}
+
+criterion_group!(benches, row_statistics, selection, step);
+criterion_main!(benches);

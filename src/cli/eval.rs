@@ -1,0 +1,116 @@
+//! `lacuna eval`: how often a model's generated code is right, and at how many tokens a forward.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::load::ModelOptions;
+use super::method::{DiffusionFlags, SamplingFlags};
+use crate::eval::suite;
+
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Tasks to run
+    #[arg(value_enum, default_value = "nano")]
+    suite: Suite,
+    #[command(flatten)]
+    model: ModelOptions,
+    /// How many tasks
+    #[arg(long, value_name = "N", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    tasks: u32,
+    /// Seed of the choice of tasks
+    #[arg(long, default_value_t = 7)]
+    tasks_seed: u64,
+    /// Length of the canvas in tokens
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<u64>,
+    #[command(flatten)]
+    diffusion: DiffusionFlags,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Write every task's outcome there, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    outcomes: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Suite {
+    /// Small Python functions of compositions that training never showed
+    Nano,
+}
+
+pub fn run(options: Options) -> Result<()> {
+    let Suite::Nano = options.suite;
+    let (model, network) = options.model.load()?;
+    let placement = network.placement();
+    let engine = suite::engine(&model, network)?;
+    let wanted = suite::Options {
+        tasks: options.tasks as usize,
+        seed: options.tasks_seed,
+        max_new_tokens: options.max_new_tokens,
+        diffusion: options.diffusion.options(),
+        sampling: options.sampling.options(),
+    };
+    let mut file = match &options.outcomes {
+        Some(path) => Some(BufWriter::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?)),
+        None => None,
+    };
+    let bar = progress(options.tasks);
+    let mut failed_write = None;
+    let mut passed = 0;
+    let report = suite::run(&model, &engine, &wanted, &mut |outcome| {
+        passed += u32::from(outcome.passed);
+        bar.inc(1);
+        bar.set_message(format!("{passed} passed"));
+        if let Some(file) = &mut file
+            && let Err(error) = writeln!(file, "{}", json!(outcome))
+        {
+            failed_write.get_or_insert(error);
+        }
+    })?;
+    bar.finish_and_clear();
+    if let Some(mut file) = file {
+        file.flush().or_else(|error| failed_write.map_or(Err(error), Err)).context("cannot write the outcomes")?;
+    }
+    ensure!(report.tasks > 0, "there is nothing to report");
+    if options.json {
+        let mut json = serde_json::to_value(&report)?;
+        json["model"] = model.name.into();
+        json["dtype"] = placement.dtype.name().into();
+        json["device"] = placement.device_name().into();
+        json["threads"] = tch::get_num_threads().into();
+        json["tasks_seed"] = options.tasks_seed.into();
+        json["settings"] = format!("{:?} {:?}", wanted.diffusion, wanted.sampling).into();
+        println!("{json}");
+        return Ok(());
+    }
+    for gap in &report.sandbox_gaps {
+        eprintln!("warning: {gap}");
+    }
+    println!(
+        "{} of {} tasks passed ({:.1} %), {:.2} tokens per forward ({} tokens, {} forwards), {:.0} tokens/s",
+        report.passed,
+        report.tasks,
+        100.0 * report.pass_at_1,
+        report.tokens_per_forward,
+        report.generated_tokens,
+        report.forwards.denoise,
+        report.tokens_per_second,
+    );
+    Ok(())
+}
+
+fn progress(tasks: u32) -> ProgressBar {
+    let style = ProgressStyle::with_template("[{bar:40}] {pos}/{len} {msg}, eta {eta}");
+    let bar = ProgressBar::new(u64::from(tasks));
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}

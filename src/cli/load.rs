@@ -1,0 +1,69 @@
+//! Flags that say which model to run and where, and the way from them to a loaded network. Shared by every command that runs one.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow, ensure};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::checkpoint::Checkpoint;
+use crate::engine::request::ModelInfo;
+use crate::model::{Transformer, manifest};
+use crate::tensor::{self, Device, Dtype, Placement};
+
+/// Bytes of weights from which loading takes long enough to show its progress; a disc reads so many in about half a second.
+const PROGRESS_FROM: usize = 256 << 20;
+
+#[derive(Args, Clone, Debug)]
+pub struct ModelOptions {
+    /// Model folder in Hugging Face layout
+    #[arg(long, value_name = "DIR", default_value = "models/nano")]
+    pub model: PathBuf,
+    /// auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// f32, f16 or bf16 [default: f32 on the CPU, as stored on a GPU]
+    #[arg(long)]
+    pub dtype: Option<Dtype>,
+    /// Threads of one operation; 0 leaves it to libtorch
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Longest prompt and canvas together, in tokens; cut to the model's own
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    pub context: u32,
+}
+
+impl ModelOptions {
+    /// Opens the folder and loads the network.
+    pub fn load(&self) -> Result<(ModelInfo, Transformer)> {
+        tensor::set_threads(self.threads);
+        let device = tensor::device(&self.device).map_err(anyhow::Error::msg)?;
+        let checkpoint = open(&self.model)?;
+        // A CPU computes in f32 wherever it lacks bf16 units, and small models lose nothing by it; a GPU has those units.
+        let stored = checkpoint.config.dtype.unwrap_or(Dtype::Bf16);
+        let dtype = self.dtype.unwrap_or(if device == Device::Cpu { Dtype::F32 } else { stored });
+        let placement = Placement { device, dtype };
+        let bar = progress("loading", manifest(&checkpoint.config).len(), checkpoint.files.bytes());
+        let network = checkpoint.load(placement, self.context as usize, &mut |_| bar.inc(1))?;
+        bar.finish_and_clear();
+        let info = ModelInfo::new(checkpoint, network.context(), placement);
+        Ok((info, network))
+    }
+}
+
+/// Opens a model folder. One that is not there at all gets a word on where it might come from.
+pub fn open(folder: &Path) -> Result<Checkpoint> {
+    ensure!(folder.is_dir(), "there is no model folder {}: name one that holds config.json", folder.display());
+    Checkpoint::open(folder).map_err(|error| anyhow!(error))
+}
+
+/// A bar of `tensors` on stderr, hidden where the weights are small or stderr is no terminal.
+pub fn progress(verb: &'static str, tensors: usize, bytes: usize) -> ProgressBar {
+    if bytes < PROGRESS_FROM {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{prefix} [{bar:40}] {pos}/{len} tensors, eta {eta}");
+    let bar = ProgressBar::new(tensors as u64).with_prefix(verb);
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}

@@ -1,0 +1,121 @@
+//! Where a denoising step's time goes: network, vocabulary head, selection, events.
+//!
+//! Each run is the first step of a fresh canvas, in which every cell is masked and every row wanted: the dearest step there is.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use crate::checkpoint::tokenizer::Tokenizer;
+use crate::decode::Sampling;
+use crate::decode::canvas::{Canvas, Piece};
+use crate::decode::diffusion::select::Order;
+use crate::decode::diffusion::{Commit, Diffusion, EndOfText, Parameters};
+use crate::engine::runner;
+use crate::engine::sequence::Sequence;
+use crate::model::Transformer;
+
+/// Shape and length of the measurement.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub prompt: usize,
+    pub canvas: usize,
+    /// Sequences that take a step in one round.
+    pub batch: usize,
+    pub warm_up: usize,
+    pub runs: usize,
+    pub seed: u64,
+}
+
+/// Milliseconds over the runs.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Spread {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+}
+
+/// Times of one round of `batch` steps, in milliseconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub prompt: usize,
+    pub canvas: usize,
+    pub batch: usize,
+    pub runs: usize,
+    /// The network up to the final hidden states.
+    pub forward: Spread,
+    /// The vocabulary head on the wanted rows.
+    pub head: Spread,
+    /// Statistics of the rows, and the rule that picks from them.
+    pub selection: Spread,
+    /// Canvas, text and events for the client.
+    pub event: Spread,
+    pub total: Spread,
+    /// Share of the total that is neither forward nor head, 0 to 1, by medians.
+    pub overhead_share: f64,
+}
+
+/// Measures `model`; `tokenizer` turns its tokens into text.
+pub fn run(model: &Transformer, tokenizer: &Tokenizer, options: &Options) -> Result<Report> {
+    ensure!(options.batch > 0 && options.canvas > 0 && options.runs > 0, "batch, canvas and runs must be above 0");
+    let length = options.prompt + options.canvas;
+    ensure!(length <= model.context(), "prompt and canvas have {length} tokens, the context {}", model.context());
+    let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+    let vocab_size = model.config().vocab_size as u32;
+    let prompt: Vec<u32> = (0..options.prompt).map(|_| rng.random_range(0..vocab_size)).collect();
+    let mut parts: [Vec<Duration>; 5] = Default::default();
+    for run in 0..options.warm_up + options.runs {
+        let times = round(model, tokenizer, options, &prompt)?;
+        if run >= options.warm_up {
+            parts.iter_mut().zip(times).for_each(|(part, time)| part.push(time));
+        }
+    }
+    let [forward, head, selection, event, total] = parts.map(spread);
+    let overhead_share = 1.0 - (forward.median + head.median) / total.median;
+    let Options { prompt, canvas, batch, runs, .. } = *options;
+    Ok(Report { prompt, canvas, batch, runs, forward, head, selection, event, total, overhead_share })
+}
+
+/// One round: forward, head, selection, event and total time.
+fn round(model: &Transformer, tokenizer: &Tokenizer, options: &Options, prompt: &[u32]) -> Result<[Duration; 5]> {
+    let mut sequences: Vec<Sequence> = (0..options.batch).map(|_| sequence(model, options, prompt)).collect();
+    let started = Instant::now();
+    let (mut forward, mut head, mut statistics, mut event) = (Duration::ZERO, Duration::ZERO, Duration::ZERO, Duration::ZERO);
+    for sequence in &mut sequences {
+        let Some(window) = sequence.window() else { continue };
+        let outcome = runner::run(model, &window)?;
+        let advancing = Instant::now();
+        std::hint::black_box(sequence.advance(&outcome.rows, outcome.forwards, tokenizer).map_err(anyhow::Error::msg)?);
+        event += advancing.elapsed();
+        forward += outcome.timing.forward;
+        head += outcome.timing.head;
+        statistics += outcome.timing.statistics;
+    }
+    Ok([forward, head, statistics, event, started.elapsed()])
+}
+
+fn sequence(model: &Transformer, options: &Options, prompt: &[u32]) -> Sequence {
+    let mask = model.config().mask_token_id.unwrap_or(0);
+    let parameters = Parameters {
+        block_length: options.canvas,
+        order: Order::Confidence,
+        order_temperature: 0.0,
+        commit: Commit::Threshold(0.9),
+        cfg_scale: 0.0,
+        sampling: Sampling { forbidden: vec![mask], ..Sampling::default() },
+        end_of_text: EndOfText::default(),
+        seed: options.seed,
+    };
+    let canvas = Canvas::new(prompt, &[Piece::Hole(options.canvas)], mask);
+    let decoder = Diffusion::new(parameters, canvas, model.config().attention);
+    Sequence::new(Box::new(decoder), vec![], vec![], Duration::ZERO)
+}
+
+fn spread(mut times: Vec<Duration>) -> Spread {
+    times.sort();
+    let milliseconds = |index: usize| times.get(index).map_or(0.0, |time| time.as_secs_f64() * 1e3);
+    Spread { median: milliseconds(times.len() / 2), min: milliseconds(0), max: milliseconds(times.len().saturating_sub(1)) }
+}

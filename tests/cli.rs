@@ -1,0 +1,230 @@
+//! The command line as its users meet it: the real binary on the model that ships.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+const MODEL: &str = "models/nano";
+const PROMPT: &str = "# Return the sum of xs.\ndef solve(xs):\n";
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lacuna"));
+    // One thread, so that tests that run side by side do not fight over the cores.
+    command.args(arguments).env_remove("RUST_LOG").env("OMP_NUM_THREADS", "1").current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+fn lacuna(arguments: &[&str]) -> Output {
+    command(arguments).output().expect("the binary starts")
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).expect("stdout is UTF-8")
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).expect("stderr is UTF-8")
+}
+
+/// Exit code 0 and nothing on stderr.
+fn well(arguments: &[&str]) -> String {
+    let output = lacuna(arguments);
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""), "{arguments:?}");
+    stdout(&output).to_owned()
+}
+
+/// The exit code wanted, nothing on stdout, and what stderr says.
+fn ill(arguments: &[&str], code: i32) -> String {
+    let output = lacuna(arguments);
+    assert_eq!((output.status.code(), stdout(&output)), (Some(code), ""), "{arguments:?}: {}", stderr(&output));
+    stderr(&output).to_owned()
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+/// A copy of the model with one file's bytes replaced.
+fn broken(file: &str, bytes: &[u8]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in Path::new(env!("CARGO_MANIFEST_DIR")).join(MODEL).read_dir().unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    std::fs::write(folder.path().join(file), bytes).unwrap();
+    folder
+}
+
+#[test]
+fn help_lists_the_commands() {
+    let help = well(&["--help"]);
+    for name in ["serve", "generate", "inspect", "train", "eval", "bench"] {
+        assert!(help.contains(&format!("\n  {name} ")), "{name}: {help}");
+        assert!(well(&[name, "--help"]).contains("Usage: lacuna "), "{name}");
+    }
+    assert!(well(&["--version"]).starts_with("lacuna "));
+}
+
+#[test]
+fn inspect_describes_the_model() {
+    let text = well(&["inspect", MODEL]);
+    for line in ["family                 llada", "attention              full", "mask token origin      config.json"] {
+        assert!(text.lines().any(|l| l == line), "{line}: {text}");
+    }
+    let object = json(&well(&["inspect", MODEL, "--json", "--quick"]));
+    assert_eq!(object["family"], "llada");
+    assert_eq!(object["problems"], serde_json::json!([]));
+    assert!(object["parameters"].as_u64().unwrap() > 100_000);
+    assert!(object["tokenizer_size"].as_u64() <= object["vocabulary"].as_u64());
+}
+
+#[test]
+fn inspect_lists_every_problem() {
+    let config = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(MODEL).join("config.json")).unwrap();
+    let mut config = json(&config);
+    config["include_qkv_bias"] = true.into();
+    config["n_layers"] = 1.into();
+    let folder = broken("config.json", config.to_string().as_bytes());
+    let output = lacuna(&["inspect", folder.path().to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    let problems: Vec<_> = stdout(&output).lines().filter(|line| line.starts_with("problem: ")).collect();
+    assert!(problems.contains(&"problem: tensor model.transformer.blocks.0.q_proj.bias is missing"), "{problems:?}");
+    assert!(problems.contains(&"problem: tensor model.transformer.blocks.1.q_proj.weight is unexpected"), "{problems:?}");
+    assert!(stderr(&output).ends_with(&format!("it has {} problems\n", problems.len())), "{}", stderr(&output));
+}
+
+#[test]
+fn inspect_looks_at_the_values() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(MODEL).join("model.safetensors");
+    let mut weights = std::fs::read(path).unwrap();
+    let last = weights.len();
+    // Half-precision NaN, whatever tensor comes last.
+    weights[last - 2..].copy_from_slice(&[0xff, 0x7f]);
+    let folder = broken("model.safetensors", &weights);
+    let folder = folder.path().to_str().unwrap();
+    let output = lacuna(&["inspect", folder]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stdout(&output).contains("holds NaN or infinity"), "{}", stdout(&output));
+    well(&["inspect", folder, "--quick"]);
+    let message = ill(&["generate", "x", "--model", folder], 1);
+    assert!(message.contains("holds NaN or infinity"), "{message}");
+}
+
+#[test]
+fn a_broken_folder_is_one_clear_line() {
+    let cases = [
+        ("config.json", "{".as_bytes(), "config.json"),
+        ("config.json", br#"{"architectures": ["GPT2LMHeadModel"]}"#, "architecture GPT2LMHeadModel is not known"),
+        ("tokenizer.json", b"[]", "tokenizer.json"),
+        ("model.safetensors", b"short", "model.safetensors"),
+    ];
+    for (file, bytes, told) in cases {
+        let folder = broken(file, bytes);
+        for command in [&["inspect"][..], &["generate", "x", "--model"]] {
+            let message = ill(&[command, &[folder.path().to_str().unwrap()]].concat(), 1);
+            assert!(message.starts_with("error: ") && message.contains(told), "{message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
+        }
+    }
+    let message = ill(&["inspect", "models/none"], 1);
+    assert_eq!(message, "error: there is no model folder models/none: name one that holds config.json\n");
+}
+
+#[test]
+fn generate_prints_the_text_alone() {
+    let text = well(&["generate", PROMPT, "--seed", "1"]);
+    assert!(text.contains("return"), "{text}");
+    assert!(!text.contains('\x1b') && !text.contains("<|"), "{text}");
+    assert!(!text.contains("def solve"), "the prompt is not part of the text: {text}");
+    assert_eq!(well(&["generate", PROMPT, "--seed", "1"]), text);
+
+    let mut child =
+        command(&["generate", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(PROMPT.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((stdout(&output), stderr(&output)), (text.as_str(), ""));
+}
+
+#[test]
+fn generate_json_has_text_and_usage() {
+    let arguments =
+        ["generate", PROMPT, "--json", "--steps", "4", "--max-new-tokens", "16", "--no-finish-early", "--seed", "7"];
+    let object = json(&well(&arguments));
+    assert_eq!(object["seed"], 7);
+    assert!(!object["token_ids"].as_array().unwrap().is_empty());
+    assert!(["stop", "length"].contains(&object["finish_reason"].as_str().unwrap()));
+    let usage = &object["usage"];
+    assert_eq!((&usage["steps"], &usage["forwards"]["denoise"]), (&4.into(), &4.into()));
+    for kind in ["prefill", "cache_store", "verify", "draft"] {
+        assert_eq!(usage["forwards"][kind], 0, "{kind}");
+    }
+    let generated = usage["generated_tokens"].as_u64().unwrap();
+    assert_eq!(usage["tokens_per_forward"].as_f64().unwrap(), generated as f64 / 4.0);
+    for time in ["queued_seconds", "seconds_to_first_commit", "decoding_seconds", "tokens_per_second"] {
+        assert!(usage[time].as_f64().unwrap() > 0.0, "{time}: {usage}");
+    }
+}
+
+#[test]
+fn generate_fills_between_fixed_text() {
+    let ways: [&[&str]; 3] = [
+        &[PROMPT, "--suffix", "\n# end\n", "--max-new-tokens", "12"],
+        &[PROMPT, "--template", r#"[12, "\n# end\n"]"#],
+        &[PROMPT, "--piece", "hole:12", "--piece", "text:\n# end\n"],
+    ];
+    let texts = ways.map(|way| well(&[&["generate", "--suppress-end"], way].concat()));
+    assert!(texts[0].ends_with("\n# end\n"), "{}", texts[0]);
+    assert!(texts.iter().all(|text| *text == texts[0]), "{texts:?}");
+    let chat = well(&["generate", "--chat", PROMPT]);
+    assert_eq!(chat, well(&["generate", PROMPT]), "nano's chat template hands the message on as it is");
+}
+
+#[test]
+fn generate_shows_the_canvas() {
+    let arguments = ["generate", PROMPT, "--show", "--steps", "4", "--no-finish-early"];
+    let output = command(&arguments).env("NO_COLOR", "1").output().unwrap();
+    let shown = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(shown.starts_with("\x1b[K# Return the sum of xs.\n\x1b[Kdef solve(xs):\n\x1b[K░░"), "{shown}");
+    assert!(!shown.contains("\x1b[0m"), "no colour code: {shown}");
+    assert!(shown.ends_with("\n\x1b[J"), "{shown}");
+    assert!(stderr(&output).contains(" tokens in 4 steps, 4 forwards"), "{}", stderr(&output));
+    assert!(stdout(&command(&arguments).env_remove("NO_COLOR").output().unwrap()).contains("\x1b[2m░"));
+}
+
+#[test]
+fn a_wrong_request_exits_with_2() {
+    let cases: [(&[&str], &str); 9] = [
+        (&["gnerate"], "unrecognized subcommand"),
+        (&["generate"], "required arguments"),
+        (&["generate", "x", "--order", "best"], "use confidence, margin, entropy, random or left_to_right"),
+        (&["generate", "x", "--steps", "4", "--threshold", "0.5"], "cannot be used with"),
+        (&["generate", "x", "--template", "[\"x\", 8"], "--template"),
+        (&["generate", "x", "--max-new-tokens", "100000"], "max_new_tokens: 100000 is not from 1 to"),
+        (&["generate", "x", "--temperature", "-1"], "temperature: -1 is not a number from 0 to 10"),
+        (&["generate", "x", "--dtype", "f8"], "use f32, f16 or bf16"),
+        (&["train", "--out", "nowhere"], "--steps"),
+    ];
+    for (arguments, told) in cases {
+        let message = ill(arguments, 2);
+        assert!(message.starts_with("error: ") && message.contains(told), "{arguments:?}: {message}");
+    }
+    let message = ill(&["generate", "x", "--device", "tpu"], 1);
+    assert_eq!(message, "error: unknown device 'tpu': use auto, cpu or cuda:N\n");
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let mut child = command(&["generate", PROMPT, "--show", "--delay", "20"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+}
