@@ -20,6 +20,9 @@ pub struct Options {
     /// Time spent training, earlier runs that are resumed included
     #[arg(long)]
     minutes: Option<f64>,
+    /// Checkpoint and stop after so many further steps; the same command goes on from there
+    #[arg(long, value_name = "N")]
+    stop_after: Option<u64>,
     /// Tasks in one step
     #[arg(long, default_value_t = 16)]
     batch: usize,
@@ -40,12 +43,14 @@ pub struct Options {
 }
 
 pub fn run(options: Options) -> Result<()> {
-    let Options { out, seed, steps, minutes, batch, learning_rate, hidden_size, layers, heads, dtype, threads } = options;
+    let Options { out, seed, steps, minutes, stop_after, batch, learning_rate, hidden_size, layers, heads, dtype, threads } =
+        options;
     crate::train::run(&crate::train::Options {
         out,
         seed,
         steps,
         minutes,
+        stop_after,
         batch,
         learning_rate,
         hidden_size,
