@@ -10,5 +10,6 @@ pub mod decode;
 pub mod engine;
 pub mod eval;
 pub mod model;
+pub mod service;
 pub mod tensor;
 pub mod train;

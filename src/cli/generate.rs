@@ -1,4 +1,4 @@
-//! `lacuna generate`: one canvas, filled by an engine in this process, and its text on stdout.
+//! `lacuna generate`: one canvas, filled by an engine in this process or by a server, and its text on stdout.
 //!
 //! [`follow`] turns any stream of [`Event`]s into the outcome and shows them on the way; where they come from is not its concern.
 
@@ -11,10 +11,11 @@ use clap::Args;
 use super::display::{Page, Picture, Screen, frame};
 use super::load::ModelOptions;
 use super::method::{DiffusionFlags, SamplingFlags, Template, piece, template};
+use super::remote::Remote;
 use super::report;
 use crate::checkpoint::chat::Message;
 use crate::decode::FinishReason;
-use crate::engine::request::{GenerateOptions, ModelInfo, PROMPT_BYTES_MAX, Prompt, TemplatePiece, validate};
+use crate::engine::request::{GenerateOptions, PROMPT_BYTES_MAX, Prompt, TemplatePiece, validate};
 use crate::engine::{Engine, Event, Limits, Usage};
 
 /// Frames are drawn no more often than a screen shows them, so that a fast model does not wait for the terminal.
@@ -28,6 +29,9 @@ pub struct Options {
     prompt: Option<String>,
     #[command(flatten)]
     model: ModelOptions,
+    /// Let the server there do it, with the model that it serves
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "device", "dtype", "threads", "context"])]
+    server: Option<String>,
     /// Send the prompt as a user's message through the model's chat template
     #[arg(long)]
     chat: bool,
@@ -64,23 +68,11 @@ pub struct Options {
 pub fn run(options: Options) -> Result<()> {
     let show = options.show || (std::io::stdout().is_terminal() && !options.json);
     let prompt = read_prompt(options.prompt.as_deref())?;
-    let (model, network) = options.model.load()?;
-    let request = validate(&model, options.request(&model, &prompt, show))?;
-    let seed = request.parameters.seed;
-    let engine = Engine::start(network, model.tokenizer.clone(), Limits { resident: 1, queued: 1 })?;
-    let mut events = engine.submit(request)?;
-    let events = std::iter::from_fn(move || events.blocking_recv()).map(|event| event.map_err(anyhow::Error::new));
-    let outcome = if show {
-        let ends = &model.generation.eos_token_ids;
-        // The end of the text is a token like any other until the text has ended there.
-        let text_of = |id: u32| if ends.contains(&id) { "·".into() } else { model.tokenizer.token_text(id) };
-        let mut show = Show::new(&prompt, Duration::from_millis(options.delay), &text_of);
-        follow(events, &mut |event| show.event(event))
-    } else {
-        follow(events, &mut |_| Ok(()))
+    let (outcome, seed) = match &options.server {
+        Some(server) => options.by_server(server, &prompt, show)?,
+        None => options.here(&prompt, show)?,
     };
-    rest(engine);
-    let Outcome { text, token_ids, reason, usage } = outcome?;
+    let Outcome { text, token_ids, reason, usage } = outcome;
     let mut stdout = std::io::stdout().lock();
     if options.json {
         writeln!(stdout, "{}", report::outcome(&text, &token_ids, reason, &usage, seed))?;
@@ -94,7 +86,7 @@ pub fn run(options: Options) -> Result<()> {
 
 /// Leaves the engine thread idle and the model in memory: freeing tensors while the process ends would race with libtorch's own
 /// clean-up.
-fn rest(engine: Engine) {
+pub(super) fn rest(engine: Engine) {
     engine.stop();
     while engine.active() > 0 {
         std::thread::sleep(Duration::from_millis(1));
@@ -103,11 +95,53 @@ fn rest(engine: Engine) {
 }
 
 impl Options {
-    fn request(&self, model: &ModelInfo, prompt: &str, steps: bool) -> GenerateOptions {
+    /// Loads the model and runs it in this process; gives the seed too.
+    fn here(&self, prompt: &str, show: bool) -> Result<(Outcome, u64)> {
+        let (model, network) = self.model.load()?;
+        let request = validate(&model, self.request(model.default_canvas(), prompt, show))?;
+        let seed = request.parameters.seed;
+        let engine = Engine::start(network, model.tokenizer.clone(), Limits { resident: 1, queued: 1 })?;
+        let mut events = engine.submit(request)?;
+        let events = std::iter::from_fn(move || events.blocking_recv()).map(|event| event.map_err(anyhow::Error::new));
+        let ends = &model.generation.eos_token_ids;
+        // The end of the text is a token like any other until the text has ended there.
+        let text_of = |id: u32| if ends.contains(&id) { "·".into() } else { model.tokenizer.token_text(id) };
+        let outcome = self.watch(events, prompt, show, &text_of);
+        rest(engine);
+        Ok((outcome?, seed))
+    }
+
+    fn by_server(&self, server: &str, prompt: &str, show: bool) -> Result<(Outcome, u64)> {
+        if self.suffix.is_some() && self.max_new_tokens.is_none() {
+            bail!("with --server, --suffix needs --max-new-tokens: the model's default length is not known here");
+        }
+        let remote = Remote::start(server, &self.request(0, prompt, show))?;
+        let (texts, seed) = (remote.texts(), remote.seed());
+        let text_of = |id: u32| texts.borrow().get(&id).cloned().unwrap_or_default();
+        let outcome = self.watch(remote, prompt, show, &text_of)?;
+        Ok((outcome, seed.get()))
+    }
+
+    /// Reads events to the end, drawing them if `show`.
+    fn watch(
+        &self,
+        events: impl Iterator<Item = Result<Event>>,
+        prompt: &str,
+        show: bool,
+        text_of: &dyn Fn(u32) -> String,
+    ) -> Result<Outcome> {
+        if !show {
+            return follow(events, &mut |_| Ok(()));
+        }
+        let mut show = Show::new(prompt, Duration::from_millis(self.delay), text_of);
+        follow(events, &mut |event| show.event(event))
+    }
+
+    fn request(&self, default_canvas: usize, prompt: &str, steps: bool) -> GenerateOptions {
         let template = match (&self.template, &self.suffix) {
             (Some(template), _) => template.0.clone(),
             (None, Some(suffix)) => {
-                let hole = self.max_new_tokens.unwrap_or(model.default_canvas() as u64);
+                let hole = self.max_new_tokens.unwrap_or(default_canvas as u64);
                 vec![TemplatePiece::Hole(hole), TemplatePiece::Text(suffix.clone())]
             }
             (None, None) => self.piece.clone(),

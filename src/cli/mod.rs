@@ -10,6 +10,7 @@ mod generate;
 mod inspect;
 mod load;
 mod method;
+mod remote;
 mod report;
 mod serve;
 mod train;

@@ -1,11 +1,17 @@
-//! `lacuna serve`: loads a model and puts it on gRPC.
+//! `lacuna serve`: loads a model and puts it on gRPC until a signal ends it.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
+use tokio::net::TcpListener;
+use tracing::{info, warn};
 
 use super::load::ModelOptions;
+use crate::engine::{Engine, Limits};
+use crate::service::{ServeOptions, Served, serve, shutdown_signal};
 
 #[derive(Args, Debug)]
 pub struct Options {
@@ -20,11 +26,54 @@ pub struct Options {
     /// Requests that may wait; one more is refused
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub queue: usize,
+    /// Longest time for one request, whatever its deadline
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub request_seconds: u64,
     /// How long running requests may go on once the server is told to stop
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
 }
 
-pub fn run(_options: Options) -> Result<()> {
-    bail!("the server is not here yet")
+pub fn run(options: Options) -> Result<()> {
+    ensure!(options.max_resident > 0 && options.max_resident <= 1024, "--max-resident must be from 1 to 1024");
+    ensure!(options.queue > 0 && options.queue <= 65_536, "--queue must be from 1 to 65536");
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    runtime.block_on(async {
+        // Bound before the model is loaded: a port that is taken is known at once.
+        let listener =
+            TcpListener::bind(options.address).await.with_context(|| format!("cannot listen on {}", options.address))?;
+        if !options.address.ip().is_loopback() {
+            warn!(address = %options.address, "listening beyond this machine, without encryption or accounts");
+        }
+        let (model, network) = tokio::task::block_in_place(|| options.model.load())?;
+        let placement = network.placement();
+        info!(
+            model = model.name,
+            family = model.config.family.name,
+            device = placement.device_name(),
+            dtype = placement.dtype.name(),
+            threads = tch::get_num_threads(),
+            context = model.context,
+            "loaded"
+        );
+        let limits = Limits { resident: options.max_resident, queued: options.queue };
+        let engine = Engine::start(network, model.tokenizer.clone(), limits).context("cannot start the engine's thread")?;
+        let served = Served { info: Arc::new(model), engine: engine.clone(), limits };
+        let settings = ServeOptions {
+            address: options.address,
+            request_time_max: Duration::from_secs(options.request_seconds),
+            drain_timeout: Duration::from_secs(options.drain_seconds),
+            ..ServeOptions::default()
+        };
+        let signal = async {
+            if let Err(error) = shutdown_signal().await {
+                warn!(%error, "signals cannot be caught: only a kill will end the server");
+                std::future::pending::<()>().await;
+            }
+        };
+        serve(listener, vec![served], settings, signal).await?;
+        info!("stopped");
+        super::generate::rest(engine);
+        anyhow::Ok(())
+    })
 }

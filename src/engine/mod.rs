@@ -9,6 +9,7 @@ pub mod runner;
 pub mod sequence;
 pub mod text;
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -81,6 +82,9 @@ pub struct Usage {
 /// Why a sequence ended without finishing.
 #[derive(Debug, Error)]
 pub enum Failure {
+    /// Nobody is there to be told.
+    #[error("the client left")]
+    Cancelled,
     #[error("the deadline passed before the text was complete")]
     DeadlineExceeded,
     #[error("the server is stopping")]
@@ -124,6 +128,15 @@ struct State {
     stopping: AtomicBool,
     /// Requests queued or resident.
     active: AtomicUsize,
+    /// Requests queued.
+    waiting: AtomicUsize,
+}
+
+impl State {
+    /// A request is over, finished or not.
+    fn end(&self) {
+        self.active.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// A handle to the engine thread.
@@ -139,7 +152,8 @@ impl Engine {
     pub fn start(model: Transformer, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
         let (queue, jobs) = mpsc::channel(limits.queued.max(1));
         let state = Arc::new(State::default());
-        let worker = Worker { model, tokenizer, jobs, state: state.clone(), residents: Vec::new(), limits };
+        let worker =
+            Worker { model, tokenizer, jobs, state: state.clone(), waiting: VecDeque::new(), residents: Vec::new(), limits };
         std::thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
         Ok(Self { queue, state, limits })
     }
@@ -149,15 +163,17 @@ impl Engine {
         if self.state.draining.load(Ordering::Acquire) {
             return Err(Refused::Stopping);
         }
+        let room = |waiting| (waiting < self.limits.queued.max(1)).then_some(waiting + 1);
+        if self.state.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).is_err() {
+            return Err(Refused::QueueFull(self.limits.queued));
+        }
         let (reply, events) = mpsc::channel(EVENTS_MAX);
         self.state.active.fetch_add(1, Ordering::AcqRel);
-        let job = Job { request, reply, submitted: Instant::now() };
-        self.queue.try_send(job).map_err(|error| {
-            self.state.active.fetch_sub(1, Ordering::AcqRel);
-            match error {
-                mpsc::error::TrySendError::Full(_) => Refused::QueueFull(self.limits.queued),
-                mpsc::error::TrySendError::Closed(_) => Refused::Stopping,
-            }
+        // The count above keeps the channel from ever being full, so a failure means that the thread is gone.
+        self.queue.try_send(Job { request, reply, submitted: Instant::now() }).map_err(|_| {
+            self.state.waiting.fetch_sub(1, Ordering::AcqRel);
+            self.state.end();
+            Refused::Stopping
         })?;
         Ok(events)
     }
@@ -202,6 +218,8 @@ struct Worker {
     tokenizer: Arc<Tokenizer>,
     jobs: mpsc::Receiver<Job>,
     state: Arc<State>,
+    /// In the order of arrival; [`State::waiting`] bounds it.
+    waiting: VecDeque<Job>,
     residents: Vec<Resident>,
     limits: Limits,
 }
@@ -216,7 +234,7 @@ impl Worker {
                 let turn = self.turn(resident);
                 stepped |= turn == Turn::Stepped;
                 if turn == Turn::Done {
-                    self.state.active.fetch_sub(1, Ordering::AcqRel);
+                    self.state.end();
                 }
                 turn != Turn::Done
             });
@@ -229,21 +247,37 @@ impl Worker {
 
     /// Fills free places from the queue; sleeps when there is nothing to do. False when no request can come any more.
     fn admit(&mut self) -> bool {
-        while self.residents.len() < self.limits.resident.max(1) {
-            let job = if self.residents.is_empty() {
-                match self.jobs.blocking_recv() {
-                    Some(job) => job,
-                    None => return false,
-                }
-            } else {
-                match self.jobs.try_recv() {
-                    Ok(job) => job,
-                    Err(_) => break,
-                }
-            };
+        if self.residents.is_empty() && self.waiting.is_empty() {
+            match self.jobs.blocking_recv() {
+                Some(job) => self.waiting.push_back(job),
+                None => return false,
+            }
+        }
+        while let Ok(job) = self.jobs.try_recv() {
+            self.waiting.push_back(job);
+        }
+        self.forget_the_departed();
+        while self.residents.len() < self.limits.resident.max(1)
+            && let Some(job) = self.waiting.pop_front()
+        {
+            self.state.waiting.fetch_sub(1, Ordering::AcqRel);
             self.take(job);
         }
         true
+    }
+
+    /// Requests whose client has left or whose time is over give up their places in the queue.
+    fn forget_the_departed(&mut self) {
+        let state = &self.state;
+        self.waiting.retain(|job| match ended(state, &job.reply, job.request.deadline) {
+            None => true,
+            Some(failure) => {
+                let _ = job.reply.try_send(Err(failure));
+                state.waiting.fetch_sub(1, Ordering::AcqRel);
+                state.end();
+                false
+            }
+        });
     }
 
     fn take(&mut self, job: Job) {
@@ -260,7 +294,7 @@ impl Worker {
             Err(reason) => {
                 error!(request = request.id, reason, "the canvas cannot be decoded");
                 let _ = reply.try_send(Err(Failure::Internal));
-                self.state.active.fetch_sub(1, Ordering::AcqRel);
+                self.state.end();
                 return;
             }
         };
@@ -268,23 +302,14 @@ impl Worker {
             resident.steps = request.steps;
             self.residents.push(resident);
         } else {
-            self.state.active.fetch_sub(1, Ordering::AcqRel);
+            self.state.end();
         }
     }
 
     /// One step of one sequence. Whatever goes wrong ends that sequence and no other.
     fn turn(&self, resident: &mut Resident) -> Turn {
-        if resident.reply.is_closed() {
-            debug!(request = resident.id, "the client left");
-            return Turn::Done;
-        }
-        let now = Instant::now();
-        let failure = if self.state.stopping.load(Ordering::Acquire) {
-            Some(Failure::Stopping)
-        } else {
-            resident.deadline.is_some_and(|deadline| now >= deadline).then_some(Failure::DeadlineExceeded)
-        };
-        if let Some(failure) = failure {
+        if let Some(failure) = ended(&self.state, &resident.reply, resident.deadline) {
+            debug!(request = resident.id, %failure, "ended early");
             send(resident, [Err(failure)]);
             return Turn::Done;
         }
@@ -320,6 +345,17 @@ impl Worker {
         let Some(window) = resident.sequence.window() else { return Ok(vec![]) };
         let outcome = runner::run(&self.model, &window).map_err(StepError::Model)?;
         resident.sequence.advance(&outcome.rows, outcome.forwards, &self.tokenizer).map_err(StepError::Text)
+    }
+}
+
+/// Why a request must end before it is complete, if it must.
+fn ended(state: &State, reply: &Reply, deadline: Option<Instant>) -> Option<Failure> {
+    if reply.is_closed() {
+        Some(Failure::Cancelled)
+    } else if state.stopping.load(Ordering::Acquire) {
+        Some(Failure::Stopping)
+    } else {
+        deadline.is_some_and(|deadline| Instant::now() >= deadline).then_some(Failure::DeadlineExceeded)
     }
 }
 

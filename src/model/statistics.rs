@@ -3,6 +3,8 @@
 //! Rows are worked through in chunks small enough to stay in the cache, so that no float copy of all rows' logits exists. Sums of
 //! probabilities are taken in f64: two confidences of 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::ModelError;
 use crate::decode::{RowStatistics, Sampling};
 use crate::tensor::{Kind, Tensor};
@@ -10,13 +12,19 @@ use crate::tensor::{Kind, Tensor};
 /// Logits worked on at a time. 256 Ki f32 are 1 MiB, about a core's second-level cache.
 const CHUNK: i64 = 256 * 1024;
 
+/// libtorch's generator is one for the whole process. Whoever seeds it keeps it until its draws are done: those of another engine
+/// would fall in between, and a seed would no longer repeat a text.
+static GENERATOR: Mutex<()> = Mutex::new(());
+
 /// Statistics of `logits: [rows, vocab]`, in order. `noise_seed` seeds the Gumbel noise where a temperature asks for it.
 pub fn statistics(logits: &Tensor, sampling: &Sampling, noise_seed: u64) -> Result<Vec<RowStatistics>, ModelError> {
     let (rows, vocab) = logits.size2()?;
     let mut found = Vec::with_capacity(rows as usize);
-    if sampling.temperature > 0.0 {
+    let _generator = (sampling.temperature > 0.0).then(|| {
+        let generator = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
         tch::manual_seed(noise_seed as i64);
-    }
+        generator
+    });
     let chunk = (CHUNK / vocab).clamp(1, rows.max(1));
     let mut start = 0;
     while start < rows {

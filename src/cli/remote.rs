@@ -1,0 +1,169 @@
+//! A server as the source of events: what `generate --server` sends, and what comes back as the engine's own events.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use tokio::runtime::Runtime;
+use tonic::transport::Endpoint;
+
+use crate::checkpoint::chat::Message;
+use crate::decode::{Edit, FinishReason, Status, Step};
+use crate::engine::request::{GenerateOptions, Prompt, TemplatePiece};
+use crate::engine::{Event, Usage};
+use crate::service::diffusion_message;
+use crate::service::proto::generation_client::GenerationClient;
+use crate::service::proto::{self, generate_event, generate_request, template_piece};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Tokens' texts as the server tells them.
+pub type Texts = Rc<RefCell<HashMap<u32, String>>>;
+
+/// A running call, as an iterator over its events.
+pub struct Remote {
+    runtime: Runtime,
+    stream: tonic::Streaming<proto::GenerateEvent>,
+    seed: Rc<Cell<u64>>,
+    texts: Texts,
+}
+
+impl Remote {
+    /// Starts a generation on the server at `address` (`HOST:PORT`).
+    pub fn start(address: &str, options: &GenerateOptions) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .with_context(|| format!("'{address}' is no address: use HOST:PORT"))?
+            .connect_timeout(CONNECT_TIMEOUT);
+        let stream = runtime.block_on(async {
+            let channel = endpoint
+                .connect()
+                .await
+                .with_context(|| format!("no server answers on {address}: start one with 'make serve'"))?;
+            let response = GenerationClient::new(channel).generate(request(options)).await.map_err(failed)?;
+            anyhow::Ok(response.into_inner())
+        })?;
+        Ok(Self { runtime, stream, seed: Rc::default(), texts: Rc::default() })
+    }
+
+    /// The text of every token that an event has named.
+    pub fn texts(&self) -> Texts {
+        self.texts.clone()
+    }
+
+    /// The seed in force; right once the first event has come.
+    pub fn seed(&self) -> Rc<Cell<u64>> {
+        self.seed.clone()
+    }
+
+    fn note(&self, id: u32, text: String) -> u32 {
+        self.texts.borrow_mut().insert(id, text);
+        id
+    }
+
+    fn event(&self, event: proto::GenerateEvent) -> Result<Event> {
+        Ok(match event.event.context("the server sent an event of a kind that this client does not know")? {
+            generate_event::Event::Started(started) => {
+                self.seed.set(started.sampling.and_then(|sampling| sampling.seed).unwrap_or_default());
+                let masked = started.canvas.iter().map(|cell| cell.masked).collect();
+                let canvas = started.canvas.into_iter().map(|cell| self.note(cell.token_id, cell.text)).collect();
+                Event::Started { prompt_tokens: started.prompt_tokens as usize, canvas, masked }
+            }
+            generate_event::Event::Step(step) => {
+                let edits = step.edits.into_iter().map(|edit| self.edit(edit)).collect::<Result<_>>()?;
+                Event::Step(Step { step: step.step as usize, block: step.block as usize, edits })
+            }
+            generate_event::Event::Committed(committed) => {
+                Event::Committed { token_ids: committed.token_ids, text: committed.text }
+            }
+            generate_event::Event::Finished(finished) => {
+                let reason = match finished.reason() {
+                    proto::FinishReason::Stop => FinishReason::Stop,
+                    proto::FinishReason::Length => FinishReason::Length,
+                    proto::FinishReason::Unspecified => bail!("the server did not say why it finished"),
+                };
+                Event::Finished { reason, usage: usage(finished.usage.unwrap_or_default()) }
+            }
+        })
+    }
+
+    fn edit(&self, edit: proto::Edit) -> Result<Edit> {
+        let status = match edit.status() {
+            proto::EditStatus::Provisional => Status::Provisional,
+            proto::EditStatus::Committed => Status::Committed,
+            proto::EditStatus::Edited => Status::Edited,
+            proto::EditStatus::Remasked => Status::Remasked,
+            proto::EditStatus::Unspecified => bail!("the server sent an edit without a status"),
+        };
+        let token = self.note(edit.token_id, edit.text);
+        Ok(Edit { position: edit.position as usize, token, status, confidence: edit.confidence })
+    }
+}
+
+impl Iterator for Remote {
+    type Item = Result<Event>;
+
+    fn next(&mut self) -> Option<Result<Event>> {
+        match self.runtime.block_on(self.stream.message()) {
+            Ok(Some(event)) => Some(self.event(event)),
+            Ok(None) => None,
+            Err(status) => Some(Err(failed(status))),
+        }
+    }
+}
+
+fn failed(status: tonic::Status) -> anyhow::Error {
+    anyhow!("the server refused or failed: {} ({:?})", status.message(), status.code())
+}
+
+fn usage(usage: proto::Usage) -> Usage {
+    let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    Usage {
+        prompt_tokens: usage.prompt_tokens as usize,
+        generated_tokens: usage.generated_tokens as usize,
+        forwards_denoise: usage.forwards.unwrap_or_default().denoise as usize,
+        steps: usage.steps as usize,
+        queued: seconds(usage.queue_seconds),
+        time_to_first_commit: usage.first_committed_seconds.map(seconds),
+        decoding: seconds(usage.decoding_seconds),
+    }
+}
+
+fn request(options: &GenerateOptions) -> proto::GenerateRequest {
+    let tokens = |ids: &[u32]| proto::TokenIds { token_ids: ids.to_vec() };
+    let piece = |piece: &TemplatePiece| proto::TemplatePiece {
+        piece: Some(match piece {
+            TemplatePiece::Text(text) => template_piece::Piece::Text(text.clone()),
+            TemplatePiece::Tokens(ids) => template_piece::Piece::TokenIds(tokens(ids)),
+            TemplatePiece::Hole(length) => template_piece::Piece::Hole(*length),
+        }),
+    };
+    let prompt = match &options.prompt {
+        Prompt::Text(text) => generate_request::Prompt::Text(text.clone()),
+        Prompt::Tokens(ids) => generate_request::Prompt::TokenIds(tokens(ids)),
+        Prompt::Chat(messages) => {
+            let message = |m: &Message| proto::Message { role: m.role.clone(), content: m.content.clone() };
+            generate_request::Prompt::Chat(proto::Chat { messages: messages.iter().map(message).collect() })
+        }
+    };
+    let sampling = &options.sampling;
+    proto::GenerateRequest {
+        prompt: Some(prompt),
+        template: options.template.iter().map(piece).collect(),
+        sampling: Some(proto::Sampling {
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            top_k: sampling.top_k,
+            min_p: sampling.min_p,
+            logit_bias: sampling.logit_bias.iter().copied().collect(),
+            seed: sampling.seed,
+            ..proto::Sampling::default()
+        }),
+        method: Some(generate_request::Method::Diffusion(diffusion_message(&options.diffusion))),
+        stopping: Some(proto::Stopping { max_new_tokens: options.max_new_tokens, stop: options.stops.clone() }),
+        step_events: Some(options.steps),
+        ..proto::GenerateRequest::default()
+    }
+}

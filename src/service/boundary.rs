@@ -1,0 +1,226 @@
+//! What every call passes before and after its handler: a deadline, a net for panics, and statuses for messages that could not be
+//! read.
+//!
+//! tonic's own deadline answers CANCELLED, and ends with a stream's first bytes; its decoder blames the server (INTERNAL) for a
+//! client's malformed message. This layer stands inside tonic's and corrects both. It knows no service.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures::FutureExt;
+use http::{Request, Response};
+use tokio::sync::watch;
+use tonic::Status;
+use tonic::body::Body;
+use tower::{Layer, Service};
+
+use super::status;
+
+/// Our deadline is this much earlier than the client's, so that it fires before tonic's own timer, which would say CANCELLED.
+const MARGIN: Duration = Duration::from_millis(2);
+
+/// A running call, found in the request's extensions. The call counts as running until the last clone is dropped.
+#[derive(Clone)]
+pub struct Call {
+    pub arrived: Instant,
+    /// The client's deadline, or the server's own bound where that is earlier.
+    pub deadline: Instant,
+    _running: Arc<Running>,
+}
+
+impl Call {
+    /// Takes the call out of a request. The boundary puts one into each.
+    pub fn of<T>(request: &tonic::Request<T>) -> Result<Self, Status> {
+        request.extensions().get::<Self>().cloned().ok_or_else(|| status::fault("the call has no deadline", None))
+    }
+}
+
+/// One call in the count of running ones.
+struct Running(Arc<watch::Sender<usize>>);
+
+impl Running {
+    fn new(count: &Arc<watch::Sender<usize>>) -> Arc<Self> {
+        count.send_modify(|running| *running += 1);
+        Arc::new(Self(count.clone()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.send_modify(|running| *running -= 1);
+    }
+}
+
+/// The layer.
+#[derive(Clone)]
+pub struct Boundary {
+    time_max: Duration,
+    running: Arc<watch::Sender<usize>>,
+}
+
+impl Boundary {
+    pub fn new(time_max: Duration) -> Self {
+        Self { time_max, running: Arc::new(watch::channel(0).0) }
+    }
+
+    /// How many calls run.
+    pub fn calls(&self) -> watch::Receiver<usize> {
+        self.running.subscribe()
+    }
+}
+
+impl<S> Layer<S> for Boundary {
+    type Service = Guarded<S>;
+
+    fn layer(&self, inner: S) -> Guarded<S> {
+        Guarded { inner, boundary: self.clone() }
+    }
+}
+
+/// A service behind the boundary.
+#[derive(Clone)]
+pub struct Guarded<S> {
+    inner: S,
+    boundary: Boundary,
+}
+
+impl<S> Service<Request<Body>> for Guarded<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let arrived = Instant::now();
+        let asked = match request.headers().get("grpc-timeout").map(|value| timeout(value.as_bytes())) {
+            Some(None) => {
+                let status = status::bad_field("grpc-timeout", "it is not 1 to 8 digits and a unit of H, M, S, m, u or n");
+                return Box::pin(std::future::ready(Ok(status.into_http())));
+            }
+            Some(Some(timeout)) => timeout.saturating_sub(MARGIN),
+            None => Duration::MAX,
+        };
+        let deadline = arrived + asked.min(self.boundary.time_max);
+        let call = Call { arrived, deadline, _running: Running::new(&self.boundary.running) };
+        request.extensions_mut().insert(call.clone());
+        let handled = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
+        Box::pin(async move {
+            // Also covers a client that never sends the rest of its message.
+            let handled = tokio::time::timeout_at(deadline.into(), handled).await;
+            drop(call);
+            Ok(match handled {
+                Ok(Ok(Ok(response))) => blame(response),
+                Ok(Err(_)) => status::fault("a handler panicked", None).into_http(),
+                Err(_) => status::deadline_exceeded().into_http(),
+            })
+        })
+    }
+}
+
+/// Corrects tonic's statuses for requests that it could not read. Our own INTERNAL always has details, tonic's never has, and
+/// only tonic says OUT_OF_RANGE.
+fn blame(response: Response<Body>) -> Response<Body> {
+    let corrected = response.extensions().get::<Status>().and_then(|given| match given.code() {
+        tonic::Code::Internal if given.details().is_empty() => Some(status::unreadable(given.message())),
+        tonic::Code::OutOfRange => Some(status::oversize(given.message())),
+        _ => None,
+    });
+    corrected.map_or(response, Status::into_http)
+}
+
+/// Reads a `grpc-timeout`: 1 to 8 digits and a unit.
+fn timeout(value: &[u8]) -> Option<Duration> {
+    let (unit, digits) = value.split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let count = digits.iter().fold(0, |count, digit| count * 10 + u64::from(digit - b'0'));
+    Some(match unit {
+        b'H' => Duration::from_secs(count * 3600),
+        b'M' => Duration::from_secs(count * 60),
+        b'S' => Duration::from_secs(count),
+        b'm' => Duration::from_millis(count),
+        b'u' => Duration::from_micros(count),
+        b'n' => Duration::from_nanos(count),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the service behind the boundary does.
+    #[derive(Clone, Copy)]
+    enum Behaviour {
+        Panic,
+        Hang,
+    }
+
+    impl Service<Request<Body>> for Behaviour {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Request<Body>) -> Self::Future {
+            match self {
+                Behaviour::Panic => Box::pin(async { panic!("as the test wants it") }),
+                Behaviour::Hang => Box::pin(std::future::pending()),
+            }
+        }
+    }
+
+    async fn status_of(behaviour: Behaviour, timeout: &'static str) -> Status {
+        let boundary = Boundary::new(Duration::from_millis(20));
+        let calls = boundary.calls();
+        let mut request = Request::new(Body::default());
+        request.headers_mut().insert("grpc-timeout", http::HeaderValue::from_static(timeout));
+        let answer = boundary.layer(behaviour).call(request);
+        assert_eq!(*calls.borrow(), 1);
+        let Ok(response) = answer.await;
+        assert_eq!(*calls.borrow(), 0, "the call no longer counts");
+        response.extensions().get::<Status>().cloned().expect("a status")
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_with_an_id() {
+        let status = status_of(Behaviour::Panic, "1H").await;
+        assert_eq!(status.code(), tonic::Code::Internal);
+        let id = tonic_types::StatusExt::get_details_request_info(&status).expect("a request id").request_id;
+        assert!(status.message().contains(&id));
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_hangs_meets_its_deadline() {
+        // The client's, one that has passed on arrival, and the server's own.
+        for timeout in ["5m", "1n", "1H"] {
+            assert_eq!(status_of(Behaviour::Hang, timeout).await.code(), tonic::Code::DeadlineExceeded);
+        }
+    }
+
+    #[test]
+    fn a_timeout_is_digits_and_a_unit() {
+        assert_eq!(timeout(b"200m"), Some(Duration::from_millis(200)));
+        assert_eq!(timeout(b"99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        assert_eq!(timeout(b"0n"), Some(Duration::ZERO));
+        for bad in [&b""[..], b"m", b"5", b"-1S", b"123456789S", b"5s", b"5 S", b"\xff"] {
+            assert_eq!(timeout(bad), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! From the wire to what the engine validates: [`GenerateRequest`] to [`GenerateOptions`], and the models' settings back.
+//!
+//! Only what the wire adds is checked here (a missing choice, an unknown enum number); values are the engine's to judge, and
+//! [`path`] says where in the request a field that it names stands.
+
+use std::time::Instant;
+
+use tonic::Status;
+
+use super::proto::{self, GenerateRequest, generate_request, template_piece};
+use super::status::bad_field;
+use crate::checkpoint::chat::Message;
+use crate::decode::diffusion::select::Order;
+use crate::engine::request::{DiffusionOptions, GenerateOptions, ModelInfo, Prompt, SamplingOptions, Schedule, TemplatePiece};
+
+const REQUEST_ID_MAX: usize = 128;
+
+/// The client's name for the request, or one made up.
+pub fn request_id(asked: Option<&str>) -> Result<String, Status> {
+    let Some(id) = asked else { return Ok(new_request_id()) };
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
+    if id.is_empty() || id.len() > REQUEST_ID_MAX || !id.bytes().all(allowed) {
+        return Err(bad_field("request_id", format!("it is not 1 to {REQUEST_ID_MAX} of A-Z a-z 0-9 . _ : -")));
+    }
+    Ok(id.into())
+}
+
+pub fn new_request_id() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// What the request asks of `model`.
+pub fn options(model: &ModelInfo, request: GenerateRequest, id: String, deadline: Instant) -> Result<GenerateOptions, Status> {
+    let stopping = request.stopping.unwrap_or_default();
+    let mut template = request.template.into_iter().enumerate().map(piece).collect::<Result<Vec<_>, _>>()?;
+    let mut max_new_tokens = stopping.max_new_tokens;
+    let infill = !template.is_empty() || request.suffix.is_some();
+    let prompt = match request.prompt {
+        Some(prompt) => self::prompt(prompt),
+        None if infill => Prompt::Tokens(vec![]),
+        None => return Err(bad_field("prompt", "set one of text, chat and token_ids, or a template or suffix")),
+    };
+    if let Some(suffix) = request.suffix {
+        if !template.is_empty() {
+            return Err(bad_field("suffix", "a template says what follows: leave the suffix unset, or the template"));
+        }
+        let hole = max_new_tokens.take().unwrap_or(model.default_canvas() as u64);
+        if hole == 0 || hole > model.context as u64 {
+            let reason = format!("{hole} is not from 1 to the model's context of {}", model.context);
+            return Err(bad_field("stopping.max_new_tokens", reason));
+        }
+        template = vec![TemplatePiece::Hole(hole), TemplatePiece::Text(suffix)];
+    }
+    let diffusion = match request.method {
+        Some(generate_request::Method::Diffusion(diffusion)) => self::diffusion(diffusion)?,
+        None => DiffusionOptions::default(),
+    };
+    Ok(GenerateOptions {
+        id,
+        prompt,
+        template,
+        max_new_tokens,
+        diffusion,
+        sampling: sampling(request.sampling.unwrap_or_default())?,
+        stops: stopping.stop,
+        steps: request.step_events.unwrap_or(true),
+        deadline: Some(deadline),
+    })
+}
+
+/// The smallest request there is: one token in one step.
+pub fn warm_up(deadline: Instant) -> GenerateOptions {
+    GenerateOptions {
+        id: "warm-up".into(),
+        prompt: Prompt::Tokens(vec![]),
+        template: vec![],
+        max_new_tokens: Some(1),
+        diffusion: DiffusionOptions::default(),
+        sampling: SamplingOptions { seed: Some(0), ..SamplingOptions::default() },
+        stops: vec![],
+        steps: false,
+        deadline: Some(deadline),
+    }
+}
+
+/// Where a field that the engine names stands in the request.
+pub fn path(field: &'static str, suffix: bool) -> String {
+    match field {
+        "template" if suffix => "suffix".into(),
+        "text" | "chat" | "token_ids" | "template" | "diffusion" => field.into(),
+        "max_new_tokens" | "stop" => format!("stopping.{field}"),
+        "temperature" | "top_p" | "top_k" | "min_p" | "logit_bias" | "seed" => format!("sampling.{field}"),
+        _ => format!("diffusion.{field}"),
+    }
+}
+
+fn prompt(prompt: generate_request::Prompt) -> Prompt {
+    match prompt {
+        generate_request::Prompt::Text(text) => Prompt::Text(text),
+        generate_request::Prompt::TokenIds(tokens) => Prompt::Tokens(tokens.token_ids),
+        generate_request::Prompt::Chat(chat) => {
+            let message = |message: proto::Message| Message { role: message.role, content: message.content };
+            Prompt::Chat(chat.messages.into_iter().map(message).collect())
+        }
+    }
+}
+
+fn piece((at, piece): (usize, proto::TemplatePiece)) -> Result<TemplatePiece, Status> {
+    match piece.piece {
+        Some(template_piece::Piece::Text(text)) => Ok(TemplatePiece::Text(text)),
+        Some(template_piece::Piece::TokenIds(tokens)) => Ok(TemplatePiece::Tokens(tokens.token_ids)),
+        Some(template_piece::Piece::Hole(length)) => Ok(TemplatePiece::Hole(length)),
+        None => Err(bad_field(&format!("template[{at}]"), "set one of text, token_ids and hole")),
+    }
+}
+
+fn sampling(asked: proto::Sampling) -> Result<SamplingOptions, Status> {
+    if asked.repetition_penalty.is_some_and(|penalty| penalty != 1.0) {
+        let reason = "diffusion cannot honour it, because later tokens may come first: leave it unset";
+        return Err(bad_field("sampling.repetition_penalty", reason));
+    }
+    if asked.logprobs.is_some_and(|count| count != 0) {
+        return Err(bad_field("sampling.logprobs", "they are not available: leave it unset and read the edits' confidences"));
+    }
+    Ok(SamplingOptions {
+        temperature: asked.temperature,
+        top_p: asked.top_p,
+        top_k: asked.top_k,
+        min_p: asked.min_p,
+        logit_bias: asked.logit_bias.into_iter().collect(),
+        seed: asked.seed,
+    })
+}
+
+fn diffusion(asked: proto::Diffusion) -> Result<DiffusionOptions, Status> {
+    let unknown = |field: &str, number: i32| bad_field(field, format!("{number} is not a value of this enum"));
+    let schedule = match proto::Schedule::try_from(asked.schedule) {
+        Ok(proto::Schedule::Unspecified) => None,
+        Ok(proto::Schedule::Linear) => Some(Schedule::Linear),
+        Ok(proto::Schedule::Timesteps) => Some(Schedule::Timesteps),
+        Err(_) => return Err(unknown("diffusion.schedule", asked.schedule)),
+    };
+    let order = match proto::Order::try_from(asked.order) {
+        Ok(proto::Order::Unspecified) => None,
+        Ok(proto::Order::Confidence) => Some(Order::Confidence),
+        Ok(proto::Order::Margin) => Some(Order::Margin),
+        Ok(proto::Order::Entropy) => Some(Order::Entropy),
+        Ok(proto::Order::Random) => Some(Order::Random),
+        Ok(proto::Order::LeftToRight) => Some(Order::LeftToRight),
+        Err(_) => return Err(unknown("diffusion.order", asked.order)),
+    };
+    Ok(DiffusionOptions {
+        steps: asked.steps,
+        block_length: asked.block_length,
+        schedule,
+        eps: asked.eps,
+        independent: asked.independent,
+        order,
+        order_temperature: asked.order_temperature,
+        threshold: asked.threshold,
+        factor: asked.factor,
+        entropy_bound: asked.entropy_bound,
+        cfg_scale: asked.cfg_scale,
+        finish_early: asked.finish_early,
+        suppress_end: asked.suppress_end,
+        late_end: asked.late_end,
+    })
+}
+
+/// The settings as a message: a model's own for its description, or a client's for its request.
+pub fn diffusion_message(options: &DiffusionOptions) -> proto::Diffusion {
+    proto::Diffusion {
+        steps: options.steps,
+        block_length: options.block_length,
+        schedule: options.schedule.map_or(proto::Schedule::Unspecified, schedule).into(),
+        eps: options.eps,
+        independent: options.independent,
+        order: options.order.map_or(proto::Order::Unspecified, order).into(),
+        order_temperature: options.order_temperature,
+        threshold: options.threshold,
+        factor: options.factor,
+        entropy_bound: options.entropy_bound,
+        cfg_scale: options.cfg_scale,
+        finish_early: options.finish_early,
+        suppress_end: options.suppress_end,
+        late_end: options.late_end,
+    }
+}
+
+fn schedule(schedule: Schedule) -> proto::Schedule {
+    match schedule {
+        Schedule::Linear => proto::Schedule::Linear,
+        Schedule::Timesteps => proto::Schedule::Timesteps,
+    }
+}
+
+pub fn order(order: Order) -> proto::Order {
+    match order {
+        Order::Confidence => proto::Order::Confidence,
+        Order::Margin => proto::Order::Margin,
+        Order::Entropy => proto::Order::Entropy,
+        Order::Random => proto::Order::Random,
+        Order::LeftToRight => proto::Order::LeftToRight,
+    }
+}

@@ -1,0 +1,103 @@
+//! How serving begins and ends: warm-up, health, the signals to stop, and waiting for calls to finish.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::{Health as HealthApi, HealthServer};
+use tonic_health::server::{HealthReporter, HealthService};
+use tracing::{error, info};
+
+use super::models::Registry;
+use super::proto::{generation_server, models_server, tokenization_server};
+use super::{Served, convert};
+use crate::engine::Event;
+use crate::engine::request::validate;
+
+/// How long a connection may take to hand over its last bytes once no call runs any more.
+pub const LAST_WORDS: Duration = Duration::from_secs(1);
+/// A single step takes milliseconds to seconds; a device that needs longer is not fit to serve.
+const WARM_TIME_MAX: Duration = Duration::from_secs(300);
+/// The empty name stands for the server as a whole.
+const SERVICES: [&str; 4] =
+    ["", generation_server::SERVICE_NAME, models_server::SERVICE_NAME, tokenization_server::SERVICE_NAME];
+
+/// The health service's statuses. All services turn together: they share the models.
+#[derive(Clone)]
+pub struct Health(HealthReporter);
+
+impl Health {
+    /// Not serving, until told otherwise.
+    pub async fn new() -> Self {
+        let health = Self(HealthReporter::new());
+        health.set_serving(false).await;
+        health
+    }
+
+    pub fn server(&self) -> HealthServer<impl HealthApi> {
+        HealthServer::new(HealthService::from_health_reporter(self.0.clone()))
+    }
+
+    pub async fn set_serving(&self, serving: bool) {
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for service in SERVICES {
+            self.0.set_service_status(service, status).await;
+        }
+    }
+
+    /// Ends every watcher's stream.
+    pub async fn clear(&self) {
+        let mut reporter = self.0.clone();
+        for service in SERVICES {
+            reporter.clear_service_status(service).await;
+        }
+    }
+}
+
+/// Runs one step of every model, which allocates what later steps reuse, then reports healthy. Never returns: a server whose
+/// warm-up failed stays up and unhealthy, so that its log can be read and its models described.
+pub async fn warm(registry: &Registry, health: &Health) {
+    let mut warm = true;
+    for model in registry.all() {
+        let started = Instant::now();
+        match tokio::time::timeout(WARM_TIME_MAX, warm_one(model)).await.unwrap_or_else(|_| Err("it took too long".into())) {
+            Ok(()) => info!(model = model.info.name, seconds = started.elapsed().as_secs_f64(), "warm"),
+            Err(reason) => {
+                error!(model = model.info.name, reason, "the warm-up failed: the server stays unhealthy");
+                warm = false;
+            }
+        }
+    }
+    if warm {
+        health.set_serving(true).await;
+    }
+    std::future::pending().await
+}
+
+async fn warm_one(model: &Served) -> Result<(), String> {
+    let request = validate(&model.info, convert::warm_up(Instant::now() + WARM_TIME_MAX)).map_err(|e| e.to_string())?;
+    let mut events = model.engine.submit(request).map_err(|e| e.to_string())?;
+    while let Some(event) = events.recv().await {
+        if let Event::Finished { .. } = event.map_err(|e| e.to_string())? {
+            return Ok(());
+        }
+    }
+    Err("the engine is gone".into())
+}
+
+/// Waits until no call runs; false if some still do after `timeout`.
+pub async fn drained(mut calls: watch::Receiver<usize>, timeout: Duration) -> bool {
+    // An error means that nobody counts any more, hence that nothing runs.
+    tokio::time::timeout(timeout, calls.wait_for(|running| *running == 0)).await.is_ok()
+}
+
+/// Resolves on SIGTERM or SIGINT.
+pub async fn shutdown_signal() -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,101 @@
+//! The one place where errors become gRPC statuses, with google.rpc details that programs can read.
+//!
+//! INTERNAL always carries details: that is how [`super::boundary`] tells ours from tonic's.
+
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+use tracing::error;
+
+use crate::engine::request::Invalid;
+use crate::engine::{Failure, Refused};
+
+/// Bytes of the longest message: it travels in a header, and may quote the client.
+const MESSAGE_BYTES_MAX: usize = 1024;
+/// When to try a full queue again: about the time that a short text takes.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// A field's value cannot be taken. `field` is its path in the request.
+pub fn bad_field(field: &str, reason: impl Into<String>) -> Status {
+    let reason = clip(reason.into());
+    let details = ErrorDetails::with_bad_request_violation(field, reason.as_str());
+    status(Code::InvalidArgument, format!("{field}: {reason}"), details)
+}
+
+/// The engine's verdict on a request. `path` gives a field's path in the request.
+pub fn invalid(invalid: Invalid, path: impl Fn(&'static str) -> String) -> Status {
+    match invalid {
+        Invalid::Field { field, reason } => bad_field(&path(field), reason),
+        Invalid::Unsupported(reason) => {
+            let details = ErrorDetails::with_precondition_failure_violation("MODEL", "model", clip(reason.clone()));
+            status(Code::FailedPrecondition, reason, details)
+        }
+    }
+}
+
+pub fn unknown_model(name: &str, known: &str) -> Status {
+    let name = clip(name.into());
+    let details = ErrorDetails::with_resource_info("model", name.as_str(), "", "not served here");
+    status(Code::NotFound, format!("model: there is no '{name}'; served are {known}"), details)
+}
+
+pub fn refused(refused: &Refused) -> Status {
+    let code = match refused {
+        Refused::QueueFull(_) => Code::ResourceExhausted,
+        Refused::Stopping => Code::Unavailable,
+    };
+    status(code, refused.to_string(), ErrorDetails::with_retry_info(Some(RETRY)))
+}
+
+/// A request that was taken ended without finishing.
+pub fn failure(failure: &Failure, request: &str) -> Status {
+    match failure {
+        Failure::Cancelled => status(Code::Cancelled, failure.to_string(), ErrorDetails::new()),
+        Failure::DeadlineExceeded => deadline_exceeded(),
+        Failure::Stopping => status(Code::Unavailable, failure.to_string(), ErrorDetails::with_retry_info(Some(RETRY))),
+        Failure::Internal => internal(request),
+    }
+}
+
+pub fn deadline_exceeded() -> Status {
+    status(Code::DeadlineExceeded, "the deadline passed before the call was complete".into(), ErrorDetails::new())
+}
+
+/// A fault of ours. What it was stays in the log.
+pub fn fault(what: &str, request: Option<&str>) -> Status {
+    let id = request.map_or_else(super::convert::new_request_id, str::to_owned);
+    error!(request = id, what, "a fault in the service");
+    internal(&id)
+}
+
+fn internal(request: &str) -> Status {
+    let details = ErrorDetails::with_request_info(request, "");
+    status(Code::Internal, format!("the request failed; the server's log has more under its id, {request}"), details)
+}
+
+/// A message that is not what the API says.
+pub fn unreadable(reason: &str) -> Status {
+    let reason = clip(reason.into());
+    let details = ErrorDetails::with_bad_request_violation("", reason.as_str());
+    status(Code::InvalidArgument, format!("the request could not be read: {reason}"), details)
+}
+
+/// A message that is larger than the server takes. Trying again would not help, hence no RetryInfo.
+pub fn oversize(reason: &str) -> Status {
+    status(Code::ResourceExhausted, format!("the request is too large: {reason}"), ErrorDetails::new())
+}
+
+fn status(code: Code, message: String, details: ErrorDetails) -> Status {
+    Status::with_error_details(code, clip(message), details)
+}
+
+/// Cuts a text to what fits a header.
+fn clip(mut text: String) -> String {
+    if text.len() > MESSAGE_BYTES_MAX {
+        let end = (0..=MESSAGE_BYTES_MAX).rfind(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
