@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 model=$1
 address=${2:-127.0.0.1:50061}
-prompt=$'# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n'
+prompt=$'# Loop over xs and return the sorted list of the numbers in xs that are greater than 17, each multiplied by 3.\ndef solve(xs):\n'
 
 log=$(mktemp)
 target/release/lacuna serve --model "$model" --address "$address" 2>"$log" &
@@ -20,4 +20,9 @@ for _ in $(seq 600); do
     sleep 0.1
 done
 
-target/release/lacuna generate --server "$address" --show --delay "${DELAY:-300}" "$prompt"
+# First a few cells a step, to watch; then as many at a time as the model is sure of.
+for rule in "--steps 12" "--threshold 0.9"; do
+    echo "== $rule"
+    # shellcheck disable=SC2086 # a flag and its value
+    target/release/lacuna generate --server "$address" --show --delay "${DELAY:-250}" $rule "$prompt"
+done

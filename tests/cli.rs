@@ -228,3 +228,63 @@ fn a_reader_that_leaves_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
 }
+
+/// A server on a free port, and the address that its log tells.
+fn server() -> (std::process::Child, String) {
+    let mut child = command(&["serve", "--address", "127.0.0.1:0"]).stderr(Stdio::piped()).spawn().unwrap();
+    let log = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut lines = std::io::BufRead::lines(log);
+    let address = lines.by_ref().map(Result::unwrap).find_map(|line| Some(line.split("address=").nth(1)?.trim().to_owned()));
+    // The log must be read on, or the server would wait for room in the pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+    (child, address.expect("the log tells the address"))
+}
+
+#[test]
+fn generate_by_a_server_gives_what_generate_here_gives_and_sigterm_ends_the_server() {
+    let (mut child, address) = server();
+    let here = json(&well(&["generate", PROMPT, "--json", "--seed", "3"]));
+    let there = json(&well(&["generate", PROMPT, "--json", "--seed", "3", "--server", &address]));
+    for field in ["text", "token_ids", "finish_reason", "seed"] {
+        assert_eq!(here[field], there[field], "{field}");
+    }
+    assert_eq!(here["usage"]["forwards"], there["usage"]["forwards"]);
+    let refused = ill(&["generate", PROMPT, "--server", &address, "--max-new-tokens", "100000"], 1);
+    assert!(refused.contains("stopping.max_new_tokens"), "{refused}");
+    // SAFETY: the child has not been waited for, so its id is its own.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGTERM) }, 0);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let gone = ill(&["generate", PROMPT, "--server", &address], 1);
+    assert!(gone.contains("no server answers"), "{gone}");
+}
+
+#[test]
+fn eval_counts_what_passes() {
+    let outcomes = tempfile::NamedTempFile::new().unwrap();
+    let path = outcomes.path().to_str().unwrap();
+    let report = json(&well(&["eval", "nano", "--tasks", "4", "--json", "--outcomes", path]));
+    let lines: Vec<Value> = std::fs::read_to_string(path).unwrap().lines().map(json).collect();
+    let passed = lines.iter().filter(|line| line["passed"] == true).count();
+    assert_eq!((lines.len(), &report["tasks"], &report["passed"]), (4, &4.into(), &passed.into()));
+    assert_eq!(report["pass_at_1"].as_f64().unwrap(), passed as f64 / 4.0);
+    let sum = |field: &str| lines.iter().map(|line| line[field].as_u64().unwrap()).sum::<u64>();
+    assert_eq!(report["forwards"]["denoise"], sum("forwards"));
+    let rate = sum("generated_tokens") as f64 / sum("forwards") as f64;
+    assert!((report["tokens_per_forward"].as_f64().unwrap() - rate).abs() < 1e-9);
+}
+
+#[test]
+fn bench_step_takes_a_step_apart() {
+    let shape = "tests/fixtures/llada/config.json";
+    for model in [&["--model", MODEL][..], &["--random-weights", shape]] {
+        let arguments = [&["bench", "step", "--json", "--runs", "5", "--warm-up", "1", "--canvas", "24"], model].concat();
+        let report = json(&well(&arguments));
+        let median = |part: &str| report[part]["median"].as_f64().unwrap();
+        assert!(["forward", "head", "selection", "event", "total"].iter().all(|part| median(part) > 0.0), "{report}");
+        assert!(median("total") >= median("forward"), "{report}");
+        let share = report["overhead_share"].as_f64().unwrap();
+        assert!((0.0..1.0).contains(&share), "{report}");
+    }
+    let error = ill(&["bench", "step", "--random-weights", "no/such.json"], 1);
+    assert!(error.contains("no/such.json"), "{error}");
+}

@@ -21,6 +21,9 @@ use crate::engine::{Engine, Event, Limits, Usage};
 /// Frames are drawn no more often than a screen shows them, so that a fast model does not wait for the terminal.
 const FRAME: Duration = Duration::from_millis(16);
 
+/// How an end-of-text is drawn: it is a token like any other until the text has ended there.
+pub(super) const END: &str = "·";
+
 #[derive(Args, Debug)]
 #[command(allow_negative_numbers = true)]
 pub struct Options {
@@ -104,8 +107,7 @@ impl Options {
         let mut events = engine.submit(request)?;
         let events = std::iter::from_fn(move || events.blocking_recv()).map(|event| event.map_err(anyhow::Error::new));
         let ends = &model.generation.eos_token_ids;
-        // The end of the text is a token like any other until the text has ended there.
-        let text_of = |id: u32| if ends.contains(&id) { "·".into() } else { model.tokenizer.token_text(id) };
+        let text_of = |id: u32| if ends.contains(&id) { END.into() } else { model.tokenizer.token_text(id) };
         let outcome = self.watch(events, prompt, show, &text_of);
         rest(engine);
         Ok((outcome?, seed))

@@ -15,6 +15,7 @@ use crate::engine::request::{GenerateOptions, Prompt, TemplatePiece};
 use crate::engine::{Event, Usage};
 use crate::service::diffusion_message;
 use crate::service::proto::generation_client::GenerationClient;
+use crate::service::proto::models_client::ModelsClient;
 use crate::service::proto::{self, generate_event, generate_request, template_piece};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,6 +27,8 @@ pub type Texts = Rc<RefCell<HashMap<u32, String>>>;
 pub struct Remote {
     runtime: Runtime,
     stream: tonic::Streaming<proto::GenerateEvent>,
+    /// Tokens that end a text.
+    ends: Vec<u32>,
     seed: Rc<Cell<u64>>,
     texts: Texts,
 }
@@ -37,15 +40,17 @@ impl Remote {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .with_context(|| format!("'{address}' is no address: use HOST:PORT"))?
             .connect_timeout(CONNECT_TIMEOUT);
-        let stream = runtime.block_on(async {
+        let (stream, ends) = runtime.block_on(async {
             let channel = endpoint
                 .connect()
                 .await
                 .with_context(|| format!("no server answers on {address}: start one with 'make serve'"))?;
+            let model = ModelsClient::new(channel.clone()).get(proto::GetModelRequest::default()).await.map_err(failed)?;
+            let ends = model.into_inner().model.unwrap_or_default().end_token_ids;
             let response = GenerationClient::new(channel).generate(request(options)).await.map_err(failed)?;
-            anyhow::Ok(response.into_inner())
+            anyhow::Ok((response.into_inner(), ends))
         })?;
-        Ok(Self { runtime, stream, seed: Rc::default(), texts: Rc::default() })
+        Ok(Self { runtime, stream, ends, seed: Rc::default(), texts: Rc::default() })
     }
 
     /// The text of every token that an event has named.
@@ -59,6 +64,7 @@ impl Remote {
     }
 
     fn note(&self, id: u32, text: String) -> u32 {
+        let text = if self.ends.contains(&id) { super::generate::END.into() } else { text };
         self.texts.borrow_mut().insert(id, text);
         id
     }
