@@ -280,30 +280,32 @@ impl Worker {
         });
     }
 
+    /// Gives a request its place, and its reader what there is before the first step.
     fn take(&mut self, job: Job) {
         let Job { request, reply, submitted } = job;
-        let decoder = Diffusion::new(request.parameters.clone(), request.canvas, self.model.config().attention);
-        let ends = request.parameters.end_of_text.ids;
-        let mut sequence = Sequence::new(Box::new(decoder), ends, request.stops, submitted.elapsed());
-        let mut resident = match sequence.begin(&self.tokenizer) {
-            Ok(events) => {
-                let resident = Resident { id: request.id, sequence, reply, steps: request.steps, deadline: request.deadline };
+        let Request { id, canvas, parameters, stops, steps, deadline } = request;
+        let begun = guarded(|| {
+            let ends = parameters.end_of_text.ids.clone();
+            let decoder = Diffusion::new(parameters, canvas, self.model.config().attention);
+            let mut sequence = Sequence::new(Box::new(decoder), ends, stops, submitted.elapsed());
+            let events = sequence.begin(&self.tokenizer).map_err(StepError::Text)?;
+            Ok((sequence, events))
+        });
+        match begun {
+            Ok((sequence, events)) => {
+                let resident = Resident { id, sequence, reply, steps, deadline };
                 send(&resident, events.into_iter().map(Ok));
-                resident
+                if resident.sequence.finish_reason().is_none() {
+                    self.residents.push(resident);
+                    return;
+                }
             }
             Err(reason) => {
-                error!(request = request.id, reason, "the canvas cannot be decoded");
+                error!(request = id, %reason, "a request could not begin");
                 let _ = reply.try_send(Err(Failure::Internal));
-                self.state.end();
-                return;
             }
-        };
-        if resident.sequence.finish_reason().is_none() {
-            resident.steps = request.steps;
-            self.residents.push(resident);
-        } else {
-            self.state.end();
         }
+        self.state.end();
     }
 
     /// One step of one sequence. Whatever goes wrong ends that sequence and no other.
@@ -317,23 +319,13 @@ impl Worker {
         if resident.reply.capacity() < 4 {
             return Turn::Waiting;
         }
-        match catch_unwind(AssertUnwindSafe(|| self.step(resident))) {
-            Ok(Ok(events)) => {
+        match guarded(|| self.step(resident)) {
+            Ok(events) => {
                 let steps = resident.steps;
                 send(resident, events.into_iter().filter(|event| steps || !matches!(event, Event::Step(_))).map(Ok));
             }
-            Ok(Err(StepError::Model(reason))) => {
+            Err(reason) => {
                 error!(request = resident.id, %reason, "a step failed");
-                send(resident, [Err(Failure::Internal)]);
-                return Turn::Done;
-            }
-            Ok(Err(StepError::Text(reason))) => {
-                error!(request = resident.id, reason, "tokens could not be turned into text");
-                send(resident, [Err(Failure::Internal)]);
-                return Turn::Done;
-            }
-            Err(_) => {
-                error!(request = resident.id, "a step panicked");
                 send(resident, [Err(Failure::Internal)]);
                 return Turn::Done;
             }
@@ -343,7 +335,7 @@ impl Worker {
 
     fn step(&self, resident: &mut Resident) -> Result<Vec<Event>, StepError> {
         let Some(window) = resident.sequence.window() else { return Ok(vec![]) };
-        let outcome = runner::run(&self.model, &window).map_err(StepError::Model)?;
+        let outcome = runner::run(&self.model, &window)?;
         resident.sequence.advance(&outcome.rows, outcome.forwards, &self.tokenizer).map_err(StepError::Text)
     }
 }
@@ -359,9 +351,20 @@ fn ended(state: &State, reply: &Reply, deadline: Option<Instant>) -> Option<Fail
     }
 }
 
+/// What can go wrong in a sequence; the log has it, the client only the request's id.
+#[derive(Debug, Error)]
 enum StepError {
-    Model(ModelError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("tokens could not be turned into text: {0}")]
     Text(String),
+    #[error("it panicked")]
+    Panic,
+}
+
+/// Runs one sequence's work so that a panic in it is that sequence's error.
+fn guarded<T>(work: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(StepError::Panic))
 }
 
 /// Room was checked before the step, so a failed send means that the reader has gone; the next turn sees that.
