@@ -8,7 +8,7 @@ use lacuna::checkpoint::weights::{WeightFiles, WeightSource};
 use lacuna::decode::canvas::{Canvas, Piece};
 use lacuna::decode::diffusion::select::Order;
 use lacuna::decode::diffusion::{Commit, Diffusion, EndOfText, Parameters};
-use lacuna::decode::{Decoder, Sampling};
+use lacuna::decode::{Decoder, Sampling, Window};
 use lacuna::engine::runner;
 use lacuna::model::family::Attention;
 use lacuna::model::{Transformer, manifest};
@@ -101,6 +101,33 @@ fn a_config_flag_turns_a_causal_body_bidirectional() {
     json["is_causal"] = false.into();
     let config = ModelConfig::from_json(&json).unwrap();
     assert_eq!((config.attention, config.shift), (Attention::Full, false));
+}
+
+/// Asking for fewer rows changes nothing about them, and the head sees no others.
+#[test]
+fn statistics_come_for_the_rows_wanted_and_no_others() {
+    for name in ["llada", "dream"] {
+        let config = ModelConfig::read(&fixture(name).join("config.json")).unwrap();
+        let model = load(&fixture(name), &config, Dtype::F32);
+        let mut window = Window {
+            tokens: (1..25).collect(),
+            attention: config.attention,
+            positions: (0..24).collect(),
+            guidance: None,
+            sampling: Sampling::default(),
+            noise_seed: 0,
+        };
+        let all = runner::run(&model, &window).unwrap().rows;
+        window.positions = vec![3, 4, 17];
+        let some = runner::run(&model, &window).unwrap().rows;
+        assert_eq!(some.len(), 3);
+        for (row, position) in some.iter().zip(&window.positions) {
+            let same = &all[*position as usize];
+            assert!(row.token == same.token && (row.confidence - same.confidence).abs() < 1e-6, "{name} {position}");
+        }
+        let hidden = Tensor::zeros([3, config.hidden_size as i64], (Kind::Float, Device::Cpu));
+        assert_eq!(model.logits(&hidden).unwrap().size(), [3, config.vocab_size as i64]);
+    }
 }
 
 /// Decodes one recorded case; returns the canvas after every forward, prompt included.

@@ -20,7 +20,7 @@ pub struct DiffusionFlags {
     /// Commit the n best cells while (n + 1)(1 - score of the n-th) stays below this
     #[arg(long, value_name = "F", group = "rule")]
     factor: Option<f64>,
-    /// Commit the surest cells while their entropies sum to at most this
+    /// Commit the best cells while their entropies, save the largest, sum to at most this
     #[arg(long, value_name = "NATS", group = "rule")]
     entropy_bound: Option<f64>,
     /// Cells of a block; blocks are filled from left to right

@@ -28,7 +28,7 @@ pub enum Rule {
     Threshold(f64),
     /// The largest `n` with `(n + 1) · (1 − score of the n-th) < factor`, and at least one (Fast-dLLM).
     Factor(f64),
-    /// The largest `n` whose entropies, save the largest of them, sum to at most the bound, and at least one (EB-sampler,
+    /// The `n` best whose entropies, save the largest of them, sum to at most the bound, and at least one (EB-sampler,
     /// arXiv 2505.24857).
     EntropyBound(f64),
 }
@@ -81,12 +81,12 @@ pub fn select(candidates: &[Candidate], rule: Rule, uniforms: &[f64]) -> Vec<usi
             (1..=order.len()).take_while(reaches).last().unwrap_or(1)
         }
         Rule::EntropyBound(bound) => {
-            order.sort_by(|a, b| candidates[*a].entropy.total_cmp(&candidates[*b].entropy));
-            let mut before = 0.0;
+            let (mut sum, mut largest) = (0.0, 0.0f64);
             let within = order.iter().take_while(|index| {
-                let fits = before <= bound;
-                before += candidates[**index].entropy;
-                fits
+                let entropy = candidates[**index].entropy;
+                sum += entropy;
+                largest = largest.max(entropy);
+                sum - largest <= bound
             });
             within.count().max(1)
         }
@@ -132,6 +132,23 @@ mod tests {
         assert_eq!(select(&found, Rule::EntropyBound(0.1), &[]), [1, 0]);
         assert_eq!(select(&found, Rule::EntropyBound(0.2), &[]), [1, 0, 2]);
         assert_eq!(select(&found, Rule::EntropyBound(0.0), &[]), [1]);
+        // By score, not by entropy: the second best is too uncertain to stand beside two others.
+        let mixed = [(0.9, 0.1), (0.8, 0.6), (0.7, 0.05)].map(|(score, entropy)| Candidate { score, entropy });
+        assert_eq!(select(&mixed, Rule::EntropyBound(0.12), &[]), [0, 1]);
+        assert_eq!(select(&mixed, Rule::EntropyBound(0.16), &[]), [0, 1, 2]);
+    }
+
+    #[test]
+    fn an_order_temperature_draws_the_order_by_softmax() {
+        let row = |confidence| RowStatistics { token: 0, confidence, margin: 0.0, entropy: 0.0 };
+        let score = |confidence, uniform| Candidate::new(Order::Confidence, &row(confidence), uniform, 0, 0.5).score;
+        // A grid of draws in place of random ones: the share of the square in which the first of two cells wins.
+        let grid: Vec<f64> = (0..400).map(|n| (f64::from(n) + 0.5) / 400.0).collect();
+        let wins = grid.iter().map(|a| grid.iter().filter(|b| score(0.9, *a) > score(0.4, **b)).count()).sum::<usize>();
+        let share = wins as f64 / (grid.len() * grid.len()) as f64;
+        let softmax = 1.0 / (1.0 + f64::exp((0.4 - 0.9) / 0.5));
+        assert!((share - softmax).abs() < 0.01, "{share} {softmax}");
+        assert_eq!(Candidate::new(Order::Confidence, &row(0.9), 0.3, 0, 0.0).score, 0.9);
     }
 
     #[test]
