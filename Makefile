@@ -4,7 +4,7 @@ MODEL ?= models/nano
 ADDRESS ?= 127.0.0.1:50051
 LACUNA := target/release/lacuna
 # How the model that ships was trained; its folder's training/curve.jsonl has the curve.
-TRAIN ?= --minutes 95 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
+TRAIN ?= --minutes 85 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
 # A task of the kind that the model has learnt.
 EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
 

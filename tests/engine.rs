@@ -242,3 +242,14 @@ fn bad_requests_name_the_field() {
     assert_eq!(field(&|o| o.prompt = Prompt::Tokens(vec![0, 1 << 30])), "token_ids");
     assert_eq!(field(&|o| o.prompt = Prompt::Chat(vec![])), "chat");
 }
+
+#[test]
+fn a_model_without_a_mask_token_is_refused_with_the_reason() {
+    let (mut model, _engine) = start(ONE);
+    model.mask_token_id = Err("neither config.json nor the tokenizer nor the family (llama) names a mask token".into());
+    let refused = validate(&model, options(PROMPT)).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "model nano cannot do diffusion: neither config.json nor the tokenizer nor the family (llama) names a mask token"
+    );
+}
