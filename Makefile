@@ -49,7 +49,8 @@ eval: build ## measure how often MODEL is right
 	$(LACUNA) eval --model $(MODEL)
 
 bench: build ## measure how fast MODEL is
-	$(LACUNA) bench --model $(MODEL)
+	$(LACUNA) bench step --model $(MODEL)
+	cargo bench --locked
 
 train: build ## train the model that ships anew, into models/nano-new
 	$(LACUNA) train --out models/nano-new $(TRAIN)

@@ -15,8 +15,9 @@ trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true; rm -f "$lo
 
 # A minute is plenty for the models that ship, and a server that cannot start ends the wait at once.
 for _ in $(seq 600); do
-    (: >"/dev/tcp/${address%:*}/${address##*:}") 2>/dev/null && break
+    # Asked first: where the port is taken, somebody else would answer.
     kill -0 "$server" 2>/dev/null || { cat "$log" >&2; exit 1; }
+    grep -q listening "$log" && (: >"/dev/tcp/${address%:*}/${address##*:}") 2>/dev/null && break
     sleep 0.1
 done
 

@@ -100,6 +100,24 @@ fn blocks_are_filled_from_left_to_right_and_those_without_holes_cost_nothing() {
     assert_eq!(steps.iter().map(|step| step.block).collect::<Vec<_>>(), [0, 2]);
 }
 
+/// The steps count for the whole canvas: each block gets its share, and blocks of fixed text get none.
+#[test]
+fn steps_are_shared_among_the_blocks_that_have_something_to_fill() {
+    let pieces = [Piece::Fixed(vec![7; 16]), Piece::Hole(32)];
+    let all = Commit::Timesteps { steps: 16, eps: 1e-3, independent: false };
+    for commit in [Commit::Linear { steps: 16 }, all, Commit::Timesteps { steps: 16, eps: 1e-3, independent: true }] {
+        let mut parameters = parameters(commit);
+        parameters.block_length = 8;
+        let mut decoder = decoder(parameters, &[], &pieces);
+        let steps = run(&mut decoder, |_| (10, 0.9));
+        let in_block = |block| steps.iter().filter(|step| step.block == block).count();
+        for block in 2..6 {
+            assert!((1..=4).contains(&in_block(block)), "{commit:?}: {} steps in block {block}", in_block(block));
+        }
+        assert!(steps.len() > 8, "{commit:?}: {} steps", steps.len());
+    }
+}
+
 #[test]
 fn a_complete_canvas_takes_no_forward() {
     let decoder = decoder(parameters(Commit::Linear { steps: 8 }), &[1], &[Piece::Fixed(vec![3])]);
@@ -136,6 +154,22 @@ fn the_seed_decides_a_random_order_and_nothing_else_does() {
     };
     assert_eq!(order(3), order(3));
     assert_ne!(order(3), order(4));
+}
+
+/// libtorch's generator takes 32 bits of its seed; requests and steps must differ in those.
+#[test]
+fn noise_seeds_differ_in_their_low_half() {
+    let mut seen = std::collections::HashSet::new();
+    for seed in (0..50).chain((1..50).map(|n| n << 32)) {
+        let mut parameters = parameters(Commit::Linear { steps: 4 });
+        parameters.seed = seed;
+        let mut decoder = decoder(parameters, &[1], &[Piece::Hole(4)]);
+        while decoder.finished().is_none() {
+            assert!(seen.insert(decoder.window().noise_seed as u32), "seed {seed}");
+            let rows = answer(&decoder, |cell| (cell as u32, 0.5));
+            decoder.advance(&rows);
+        }
+    }
 }
 
 fn any_commit() -> impl Strategy<Value = Commit> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use lacuna::checkpoint::Checkpoint;
 use lacuna::decode::canvas::Canvas;
 use lacuna::engine::request::{
-    DiffusionOptions, GenerateOptions, Invalid, ModelInfo, Prompt, SamplingOptions, TemplatePiece, validate,
+    DiffusionOptions, GenerateOptions, Invalid, ModelInfo, Prompt, SamplingOptions, TemplatePiece, check_defaults, validate,
 };
 use lacuna::engine::{Engine, Event, Failure, Limits, Refused, Usage};
 use lacuna::tensor::Placement;
@@ -123,19 +123,45 @@ fn infilling_leaves_the_fixed_text_as_it_was() {
 }
 
 #[test]
-fn the_mask_token_in_a_prompt_is_text_like_any_other() {
+fn the_mask_token_in_a_prompt_is_text_and_is_never_predicted() {
     let (model, engine) = start(ONE);
-    let prompt = format!("# Return <|mask|> <|mask|> the sum of xs.\n{PROMPT}");
-    let request = validate(&model, options(&prompt)).unwrap();
-    let before = request.canvas.clone();
-    assert!(before.sequence()[..before.prompt_len()].contains(&model.mask_token_id.clone().unwrap()));
-    let (_, _, events) = collect(engine.submit(request).unwrap());
     let mask = model.mask_token_id.clone().unwrap();
-    for event in events {
-        if let Event::Step(step) = event {
-            assert!(step.edits.iter().all(|edit| edit.token != mask), "the mask token was predicted");
-        }
-    }
+    let mut options = options(&format!("# Return <|mask|> <|mask|> the sum of xs.\n{PROMPT}"));
+    // Nothing is likelier than the mask token now, were it allowed.
+    options.sampling.logit_bias = vec![(mask, 1000.0)];
+    let request = validate(&model, options).unwrap();
+    let prompt = request.canvas.sequence()[..request.canvas.prompt_len()].to_vec();
+    assert_eq!(prompt.iter().filter(|id| **id == mask).count(), 2);
+    let (_, usage, events) = collect(engine.submit(request).unwrap());
+    assert_eq!(usage.prompt_tokens, prompt.len());
+    let edits = events.iter().filter_map(|event| if let Event::Step(step) = event { Some(&step.edits) } else { None });
+    let edits: Vec<_> = edits.flatten().collect();
+    assert!(!edits.is_empty() && edits.iter().all(|edit| edit.token != mask), "the mask token was predicted");
+}
+
+#[test]
+fn an_end_of_text_cannot_cut_off_fixed_text_unless_a_request_insists() {
+    let (model, engine) = start(ONE);
+    let mut options = options(PROMPT);
+    options.sampling.logit_bias = vec![(model.generation.eos_token_ids[0], 1000.0)];
+    options.template = vec![TemplatePiece::Hole(4), TemplatePiece::Text("# end\n".into())];
+    let (text, _, _) = collect(engine.submit(validate(&model, options.clone()).unwrap()).unwrap());
+    assert!(text.ends_with("# end\n"), "{text}");
+    options.diffusion.suppress_end = Some(false);
+    let (text, _, _) = collect(engine.submit(validate(&model, options).unwrap()).unwrap());
+    assert_eq!(text, "");
+}
+
+#[test]
+fn the_defaults_of_the_model_are_checked_when_it_is_loaded() {
+    let (mut model, _engine) = start(ONE);
+    assert_eq!(check_defaults(&model), Ok(()));
+    model.generation.diffusion = Some(serde_json::json!({ "thresold": 0.5 }));
+    let reason = check_defaults(&model).unwrap_err();
+    assert!(reason.starts_with("generation_config.json: diffusion: ") && reason.contains("thresold"), "{reason}");
+    model.generation.diffusion = None;
+    model.generation.top_p = Some(0.0);
+    assert!(check_defaults(&model).unwrap_err().starts_with("generation_config.json: top_p: "));
 }
 
 #[test]
@@ -221,6 +247,9 @@ fn bad_requests_name_the_field() {
     };
     assert_eq!(field(&|o| o.sampling.temperature = Some(f64::NAN)), "temperature");
     assert_eq!(field(&|o| o.sampling.temperature = Some(-1.0)), "temperature");
+    assert_eq!(field(&|o| o.sampling.temperature = Some(1e-30)), "temperature");
+    assert_eq!(field(&|o| o.diffusion.order_temperature = Some(0.5)), "order_temperature");
+    assert_eq!(field(&|o| (o.diffusion.steps, o.diffusion.block_length) = (Some(2), Some(8))), "steps");
     assert_eq!(field(&|o| o.sampling.top_p = Some(0.0)), "top_p");
     assert_eq!(field(&|o| o.sampling.top_p = Some(f64::INFINITY)), "top_p");
     assert_eq!(field(&|o| o.sampling.top_k = Some(0)), "top_k");
@@ -252,4 +281,11 @@ fn a_model_without_a_mask_token_is_refused_with_the_reason() {
         refused.to_string(),
         "model nano cannot do diffusion: neither config.json nor the tokenizer nor the family (llama) names a mask token"
     );
+}
+
+#[test]
+fn a_causal_model_is_refused_for_diffusion() {
+    let (mut model, _engine) = start(ONE);
+    model.config.attention = lacuna::model::family::Attention::Causal;
+    assert!(validate(&model, options(PROMPT)).unwrap_err().to_string().contains("its attention is causal"));
 }

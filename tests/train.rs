@@ -60,3 +60,26 @@ fn a_training_state_of_another_shape_is_refused() {
     let error = run(&Options { hidden_size: 64, ..options(folder.path(), None) }).unwrap_err();
     assert!(error.to_string().contains("another shape"), "{error}");
 }
+
+/// A kill at any moment costs what came after the last checkpoint, and nothing else.
+#[test]
+fn a_killed_run_goes_on_from_its_checkpoint() {
+    let (whole, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    run(&options(whole.path(), None)).unwrap();
+    run(&options(killed.path(), Some(20))).unwrap();
+    let flags =
+        "--steps 60 --seed 3 --batch 4 --learning-rate 3e-3 --hidden-size 32 --layers 1 --heads 2 --dtype f32 --threads 1";
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna"))
+        .args(["train", "--out"])
+        .arg(killed.path())
+        .args(flags.split(' '))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    run(&options(killed.path(), None)).unwrap();
+    let weights = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+    assert_eq!(weights(whole.path()), weights(killed.path()));
+}

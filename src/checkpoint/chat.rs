@@ -1,6 +1,7 @@
 //! Chat templates: Jinja from the model's folder, rendered with bounds on work and on output.
 //!
-//! A template is a program from a checkpoint, hence from a stranger: it gets fuel, a size limit and no files.
+//! A template is a program from a checkpoint: it gets fuel, a bound on what it prints and no files. Its memory cannot be bounded
+//! here (a few concatenations double a string), so a folder's template is trusted as far as its weights are.
 
 use std::path::Path;
 

@@ -123,7 +123,7 @@ impl ModelConfig {
             head_dim,
             intermediate_size: size(keys.intermediate_size)?,
             vocab_size,
-            norm_eps: number(json, keys.norm_eps)?.unwrap_or(1e-5),
+            norm_eps: positive(number(json, keys.norm_eps)?.unwrap_or(family.norm_eps), keys.norm_eps)?,
             tied: flag(json, keys.tied)?.unwrap_or(family.tied_by_default),
             qkv_bias: bias(family.qkv_bias)?,
             output_bias: bias(family.output_bias)?,
@@ -174,9 +174,10 @@ impl GenerationConfig {
             eos_token_ids,
             temperature: if sampled { number(&json, "temperature").map_err(wrong)? } else { None },
             top_p: number(&json, "top_p").map_err(wrong)?,
-            top_k: token_id(&json, "top_k").map_err(wrong)?,
+            // 0 means all tokens there.
+            top_k: token_id(&json, "top_k").map_err(wrong)?.filter(|k| *k > 0),
             max_new_tokens: token_id(&json, "max_new_tokens").map_err(wrong)?.map(|n| n as usize),
-            diffusion: json.get("diffusion").filter(|value| value.is_object()).cloned(),
+            diffusion: json.get("diffusion").filter(|value| !value.is_null()).cloned(),
         })
     }
 }
@@ -249,6 +250,10 @@ fn number(json: &Value, field: &str) -> Result<Option<f64>, String> {
             _ => Err(format!("{field} = {value} is not a number")),
         },
     }
+}
+
+fn positive(value: f64, field: &str) -> Result<f64, String> {
+    if value > 0.0 { Ok(value) } else { Err(format!("{field} = {value} is not above 0")) }
 }
 
 fn flag(json: &Value, field: &str) -> Result<Option<bool>, String> {

@@ -25,6 +25,8 @@ use weights::{WeightFiles, WeightSource};
 pub enum CheckpointError {
     #[error("cannot read {path}: {source}")]
     Read { path: PathBuf, source: std::io::Error },
+    #[error("cannot write {path}: {source}")]
+    Write { path: PathBuf, source: std::io::Error },
     #[error("{path}: {reason}")]
     Config { path: PathBuf, reason: String },
     #[error("{path}: {reason}")]
@@ -86,6 +88,11 @@ impl Checkpoint {
         if let Some(id) = self.generation.eos_token_ids.iter().find(|id| **id as usize >= rows) {
             problems.push(format!("eos_token_id = {id} is outside the vocabulary of {rows}"));
         }
+        if let Ok(mask) = self.mask_token_id
+            && self.generation.eos_token_ids.contains(&mask)
+        {
+            problems.push(format!("token {mask} is both the mask and an end-of-text: no text could end"));
+        }
         problems
     }
 
@@ -119,7 +126,7 @@ fn mask_token_id(config: &ModelConfig, tokenizer: &Tokenizer) -> Result<u32, Str
 
 /// Writes a file so that a crash leaves the old one or the new one, never half of it.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
-    let fail = |source| CheckpointError::Read { path: path.into(), source };
+    let fail = |source| CheckpointError::Write { path: path.into(), source };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // Temporary files are private by default; this one becomes a file like any other, so the umask decides.
     let mode = std::fs::Permissions::from_mode(0o666);

@@ -124,12 +124,17 @@ impl WeightFiles {
 
     /// Loads with conversion; refuses a tensor that holds NaN or infinity.
     pub fn load(&self, name: &str, placement: Placement) -> Result<Tensor, CheckpointError> {
+        let finite = |tensor: &Tensor| Ok::<_, CheckpointError>(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
         let stored = self.stored(name)?;
-        let finite = stored.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0;
-        if !finite {
+        if !finite(&stored)? {
             return Err(CheckpointError::Problems(vec![format!("tensor {name} holds NaN or infinity")]));
         }
-        Ok(stored.f_to_device(placement.device)?.f_to_kind(placement.dtype.kind())?)
+        let loaded = stored.f_to_device(placement.device)?.f_to_kind(placement.dtype.kind())?;
+        if loaded.kind() != stored.kind() && !finite(&loaded)? {
+            let dtype = placement.dtype.name();
+            return Err(CheckpointError::Problems(vec![format!("tensor {name} does not fit {dtype}: use bf16 or f32")]));
+        }
+        Ok(loaded)
     }
 }
 

@@ -32,17 +32,17 @@ struct Step {
     #[arg(long, value_name = "CONFIG")]
     random_weights: Option<PathBuf>,
     /// Tokens before the canvas
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = count)]
     prompt: usize,
     /// Cells of the canvas, all masked
-    #[arg(long, default_value_t = 48)]
+    #[arg(long, default_value_t = 48, value_parser = count)]
     canvas: usize,
     /// Sequences that take a step in one round
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = count)]
     batch: usize,
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = count)]
     warm_up: usize,
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 30, value_parser = count)]
     runs: usize,
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -91,6 +91,11 @@ pub fn run(options: Options) -> Result<()> {
     }
     println!("all but forward and head: {:.1} % of a step", 100.0 * report.overhead_share);
     Ok(())
+}
+
+/// A whole number that sums and products of a few cannot overflow.
+fn count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|count| *count <= 1 << 20).ok_or_else(|| format!("use a whole number up to {}", 1 << 20))
 }
 
 fn random(path: &std::path::Path, options: &Step) -> Result<Transformer> {

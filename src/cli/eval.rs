@@ -77,6 +77,7 @@ pub fn run(options: Options) -> Result<()> {
         }
     })?;
     bar.finish_and_clear();
+    engine.rest();
     if let Some(mut file) = file {
         file.flush().or_else(|error| failed_write.map_or(Err(error), Err)).context("cannot write the outcomes")?;
     }
@@ -88,7 +89,7 @@ pub fn run(options: Options) -> Result<()> {
         json["device"] = placement.device_name().into();
         json["threads"] = tch::get_num_threads().into();
         json["tasks_seed"] = options.tasks_seed.into();
-        json["settings"] = format!("{:?} {:?}", wanted.diffusion, wanted.sampling).into();
+        json["command"] = std::env::args().skip(1).collect::<Vec<_>>().join(" ").into();
         println!("{json}");
         return Ok(());
     }

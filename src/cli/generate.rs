@@ -87,16 +87,6 @@ pub fn run(options: Options) -> Result<()> {
     Ok(stdout.flush()?)
 }
 
-/// Leaves the engine thread idle and the model in memory: freeing tensors while the process ends would race with libtorch's own
-/// clean-up.
-pub(super) fn rest(engine: Engine) {
-    engine.stop();
-    while engine.active() > 0 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    std::mem::forget(engine);
-}
-
 impl Options {
     /// Loads the model and runs it in this process; gives the seed too.
     fn here(&self, prompt: &str, show: bool) -> Result<(Outcome, u64)> {
@@ -109,7 +99,7 @@ impl Options {
         let ends = &model.generation.eos_token_ids;
         let text_of = |id: u32| if ends.contains(&id) { END.into() } else { model.tokenizer.token_text(id) };
         let outcome = self.watch(events, prompt, show, &text_of);
-        rest(engine);
+        engine.rest();
         Ok((outcome?, seed))
     }
 

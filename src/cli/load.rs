@@ -7,7 +7,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::checkpoint::Checkpoint;
-use crate::engine::request::ModelInfo;
+use crate::engine::request::{ModelInfo, check_defaults};
 use crate::model::{Transformer, manifest};
 use crate::tensor::{self, Device, Dtype, Placement};
 
@@ -47,6 +47,7 @@ impl ModelOptions {
         let network = checkpoint.load(placement, self.context as usize, &mut |_| bar.inc(1))?;
         bar.finish_and_clear();
         let info = ModelInfo::new(checkpoint, network.context(), placement);
+        check_defaults(&info).map_err(anyhow::Error::msg)?;
         Ok((info, network))
     }
 }

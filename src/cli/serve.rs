@@ -27,10 +27,10 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub queue: usize,
     /// Longest time for one request, whatever its deadline
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub request_seconds: u64,
     /// How long running requests may go on once the server is told to stop
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub drain_seconds: u64,
 }
 
@@ -60,7 +60,6 @@ pub fn run(options: Options) -> Result<()> {
         let engine = Engine::start(network, model.tokenizer.clone(), limits).context("cannot start the engine's thread")?;
         let served = Served { info: Arc::new(model), engine: engine.clone(), limits };
         let settings = ServeOptions {
-            address: options.address,
             request_time_max: Duration::from_secs(options.request_seconds),
             drain_timeout: Duration::from_secs(options.drain_seconds),
             ..ServeOptions::default()
@@ -73,7 +72,7 @@ pub fn run(options: Options) -> Result<()> {
         };
         serve(listener, vec![served], settings, signal).await?;
         info!("stopped");
-        super::generate::rest(engine);
+        engine.rest();
         anyhow::Ok(())
     })
 }

@@ -82,6 +82,11 @@ impl Canvas {
         range.filter(|cell| self.cells[*cell] == Cell::Masked)
     }
 
+    /// Blocks of `block_length` cells that hold a masked one.
+    pub fn blocks_to_fill(&self, block_length: usize) -> usize {
+        self.cells.chunks(block_length.max(1)).filter(|block| block.contains(&Cell::Masked)).count()
+    }
+
     /// Cells from the left without a masked one: what can be given out as text.
     pub fn frontier(&self) -> usize {
         self.cells.iter().position(|cell| *cell == Cell::Masked).unwrap_or(self.cells.len())

@@ -31,8 +31,11 @@ const EVENTS_MAX: usize = 64;
 /// How long the engine waits for a slow reader, or for work, before it looks again.
 const IDLE: Duration = Duration::from_millis(2);
 
+/// A step that takes longer than this when the process ends is left behind.
+const REST: Duration = Duration::from_secs(5);
+
 /// A request that has been validated: it fits the model.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Request {
     /// For the log.
     pub id: String,
@@ -192,6 +195,17 @@ impl Engine {
     pub fn stop(&self) {
         self.drain();
         self.state.stopping.store(true, Ordering::Release);
+    }
+
+    /// For the end of a process: stops, waits for the step that runs (a few seconds at most), and leaves the thread asleep with the
+    /// model. Freeing tensors while the process ends would race with libtorch's own clean-up.
+    pub fn rest(self) {
+        self.stop();
+        let waited = Instant::now();
+        while self.active() > 0 && waited.elapsed() < REST {
+            std::thread::sleep(IDLE);
+        }
+        std::mem::forget(self);
     }
 }
 

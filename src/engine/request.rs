@@ -19,6 +19,7 @@ use crate::decode::Sampling;
 use crate::decode::canvas::{Canvas, Piece};
 use crate::decode::diffusion::select::Order;
 use crate::decode::diffusion::{Commit, EndOfText, Parameters};
+use crate::model::family::Attention;
 use crate::tensor::Placement;
 
 /// Bounds on one request, whatever the model.
@@ -28,6 +29,8 @@ pub const STOP_BYTES_MAX: usize = 256;
 pub const LOGIT_BIAS_MAX: usize = 1024;
 pub const PIECES_MAX: usize = 256;
 pub const PROMPT_BYTES_MAX: usize = 1 << 20;
+/// Below, logits over the temperature leave f32.
+pub const TEMPERATURE_MIN: f64 = 1e-4;
 pub const TEMPERATURE_MAX: f64 = 10.0;
 pub const CFG_SCALE_MAX: f64 = 100.0;
 
@@ -55,7 +58,7 @@ impl ModelInfo {
 
     /// Tokens that a canvas gets when the request does not say.
     pub fn default_canvas(&self) -> usize {
-        self.generation.max_new_tokens.unwrap_or(128)
+        self.generation.max_new_tokens.unwrap_or(128).min(self.context)
     }
 }
 
@@ -173,12 +176,36 @@ fn invalid<T>(field: &'static str, reason: impl Into<String>) -> Result<T, Inval
     Err(Invalid::Field { field, reason: reason.into() })
 }
 
+/// Whether the model's own defaults make a request: what is wrong with them is the folder's fault, and no client's.
+pub fn check_defaults(model: &ModelInfo) -> Result<(), String> {
+    let options = GenerateOptions {
+        id: String::new(),
+        prompt: Prompt::Tokens(vec![]),
+        template: vec![],
+        max_new_tokens: None,
+        diffusion: DiffusionOptions::default(),
+        sampling: SamplingOptions::default(),
+        stops: vec![],
+        steps: false,
+        deadline: None,
+    };
+    match validate(model, options) {
+        Err(Invalid::Field { field, reason }) => Err(format!("generation_config.json: {field}: {reason}")),
+        // Not a matter of defaults: whoever asks for diffusion is told.
+        Err(Invalid::Unsupported(_)) | Ok(_) => Ok(()),
+    }
+}
+
 /// Checks `options` against `model`.
 pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, Invalid> {
     let mask = match &model.mask_token_id {
         Ok(mask) => *mask,
         Err(reason) => return Err(Invalid::Unsupported(format!("model {} cannot do diffusion: {reason}", model.name))),
     };
+    if model.config.attention == Attention::Causal {
+        let reason = "its attention is causal; a masked model on this body says \"is_causal\": false in its config.json";
+        return Err(Invalid::Unsupported(format!("model {} cannot do diffusion: {reason}", model.name)));
+    }
     let prompt = prompt_ids(model, &options.prompt)?;
     let pieces = pieces(model, &options)?;
     let canvas = Canvas::new(&prompt, &pieces, mask);
@@ -200,8 +227,9 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
         return invalid("stop", format!("{} stop strings are more than {STOPS_MAX}", options.stops.len()));
     }
     let mut defaults = match &model.generation.diffusion {
-        Some(json) => DiffusionOptions::deserialize(json)
-            .map_err(|e| Invalid::Unsupported(format!("the model's generation_config.json: diffusion: {e}")))?,
+        Some(json) => {
+            DiffusionOptions::deserialize(json).or_else(|e| invalid("diffusion", format!("the model's own settings: {e}")))?
+        }
         None => DiffusionOptions::default(),
     };
     if fixed_behind_hole(&pieces) {
@@ -209,6 +237,12 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
         defaults.suppress_end = defaults.suppress_end.or(Some(!model.generation.eos_token_ids.is_empty()));
     }
     let parameters = parameters(model, &options, defaults, mask, canvas.len())?;
+    if let Commit::Linear { steps } | Commit::Timesteps { steps, .. } = parameters.commit {
+        let blocks = canvas.blocks_to_fill(parameters.block_length);
+        if steps < blocks {
+            return invalid("steps", format!("{steps} steps cannot fill {blocks} blocks: ask for more, or for longer blocks"));
+        }
+    }
     Ok(Request { id: options.id, canvas, parameters, stops: options.stops, steps: options.steps, deadline: options.deadline })
 }
 
@@ -366,7 +400,11 @@ fn commit(
             return invalid(field, "it goes with steps only");
         }
     }
-    if !counted && rule.entropy_bound.is_none() && !matches!(order, Order::Confidence | Order::Margin) {
+    let compares = rule.threshold.is_some() || rule.factor.is_some();
+    if compares && asked.order_temperature.or(defaults.order_temperature).is_some_and(|temperature| temperature != 0.0) {
+        return invalid("order_temperature", "threshold and factor compare probabilities, not drawn scores: leave it unset");
+    }
+    if compares && !matches!(order, Order::Confidence | Order::Margin) {
         return invalid("order", "threshold and factor compare probabilities: use order confidence or margin with them");
     }
     if let Some(threshold) = number("threshold", rule.threshold, 0.0..=1.0)? {
@@ -409,6 +447,12 @@ fn sampling(model: &ModelInfo, asked: &SamplingOptions) -> Result<Sampling, Inva
         value => Ok(value),
     };
     let temperature = number("temperature", asked.temperature.or(model.generation.temperature), 0.0..=TEMPERATURE_MAX)?;
+    if let Some(temperature) = temperature.filter(|temperature| *temperature > 0.0 && *temperature < TEMPERATURE_MIN) {
+        return invalid(
+            "temperature",
+            format!("{temperature} is neither 0 nor at least {TEMPERATURE_MIN}: use 0 for the best token"),
+        );
+    }
     Ok(Sampling {
         temperature: temperature.unwrap_or(0.0),
         top_k: asked.top_k.or(model.generation.top_k),

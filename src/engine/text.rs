@@ -40,20 +40,17 @@ impl Detokenizer {
         self.ids.extend(ids);
         let text = tokenizer.decode(&self.ids, false)?;
         let start = self.released.min(text.len());
-        // A stop string may begin in text that was held back, never in text that was released.
-        let stop = self.stops.iter().filter_map(|stop| text.get(start..)?.find(stop.as_str())).min();
+        // A stop string may begin in text that was held back, never in text that was released. Of several the one that is complete
+        // first counts, as it would if the text came character by character.
+        let found = self.stops.iter().filter_map(|stop| Some((text.get(start..)?.find(stop.as_str())?, stop.len())));
+        let stop = found.min_by_key(|(at, length)| at + length);
         let end = match stop {
-            Some(at) => start + at,
+            Some((at, _)) => start + at,
             None if last => text.len(),
             None => self.safe_end(&text, start),
         };
         self.stopped = stop.is_some();
-        let whole = end == text.len();
-        let mut count = self.ids.len();
-        // Only the tokens of the held-back tail are tried, and that tail is short.
-        while !whole && count > self.released_ids && tokenizer.decode(&self.ids[..count], false)?.len() > end {
-            count -= 1;
-        }
+        let count = if end == text.len() { self.ids.len() } else { self.tokens_within(tokenizer, end)? };
         let released = Released {
             token_ids: self.ids[self.released_ids.min(count)..count].to_vec(),
             text: text.get(start..end).unwrap_or_default().to_owned(),
@@ -62,6 +59,16 @@ impl Detokenizer {
         self.released_ids = count;
         self.released = end.max(start);
         Ok(released)
+    }
+
+    /// How many tokens have a text of at most `end` bytes. More tokens never have less text, so halving finds it.
+    fn tokens_within(&self, tokenizer: &Tokenizer, end: usize) -> Result<usize, String> {
+        let (mut within, mut beyond) = (self.released_ids, self.ids.len());
+        while within < beyond {
+            let middle = (within + beyond).div_ceil(2);
+            if tokenizer.decode(&self.ids[..middle], false)?.len() <= end { within = middle } else { beyond = middle - 1 }
+        }
+        Ok(within)
     }
 
     /// Where the text may be cut: before a character that is not complete, and before what may begin a stop string.

@@ -78,6 +78,8 @@ pub struct Family {
     pub tied_by_default: bool,
     /// `rope_theta` where `config.json` does not say.
     pub rope_theta: f64,
+    /// Likewise of the norms.
+    pub norm_eps: f64,
     /// Settings under which the network would be another one: `(field, the only value we run)`.
     pub requires: &'static [(&'static str, &'static str)],
 }
@@ -146,6 +148,7 @@ const LLAMA: Family = Family {
     mask_token_id: None,
     tied_by_default: false,
     rope_theta: 10_000.0,
+    norm_eps: 1e-6,
     requires: &[("hidden_act", "silu")],
 };
 
@@ -175,6 +178,7 @@ pub static FAMILIES: &[Family] = &[
         mlp_bias: Bias::IfSet(&["include_bias"]),
         mask_token_id: Some(126_336),
         tied_by_default: true,
+        norm_eps: 1e-5,
         requires: &[
             ("block_type", "llama"),
             ("layer_norm_type", "rms"),

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc::Receiver;
 use tokio::sync::watch;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::{Health as HealthApi, HealthServer};
@@ -11,13 +12,15 @@ use tracing::{error, info};
 use super::models::Registry;
 use super::proto::{generation_server, models_server, tokenization_server};
 use super::{Served, convert};
-use crate::engine::Event;
 use crate::engine::request::validate;
+use crate::engine::{Event, Failure, Refused, Request};
 
 /// How long a connection may take to hand over its last bytes once no call runs any more.
 pub const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A single step takes milliseconds to seconds; a device that needs longer is not fit to serve.
 const WARM_TIME_MAX: Duration = Duration::from_secs(300);
+/// How long the warm-up waits before it asks a full queue again.
+const WARM_RETRY: Duration = Duration::from_millis(20);
 /// The empty name stands for the server as a whole.
 const SERVICES: [&str; 4] =
     ["", generation_server::SERVICE_NAME, models_server::SERVICE_NAME, tokenization_server::SERVICE_NAME];
@@ -76,13 +79,24 @@ pub async fn warm(registry: &Registry, health: &Health) {
 
 async fn warm_one(model: &Served) -> Result<(), String> {
     let request = validate(&model.info, convert::warm_up(Instant::now() + WARM_TIME_MAX)).map_err(|e| e.to_string())?;
-    let mut events = model.engine.submit(request).map_err(|e| e.to_string())?;
+    let mut events = submit(model, request).await?;
     while let Some(event) = events.recv().await {
         if let Event::Finished { .. } = event.map_err(|e| e.to_string())? {
             return Ok(());
         }
     }
     Err("the engine is gone".into())
+}
+
+/// Clients may fill the queue before the warm-up has its turn; it waits for a place like anybody else.
+async fn submit(model: &Served, request: Request) -> Result<Receiver<Result<Event, Failure>>, String> {
+    loop {
+        match model.engine.submit(request.clone()) {
+            Ok(events) => return Ok(events),
+            Err(Refused::QueueFull(_)) => tokio::time::sleep(WARM_RETRY).await,
+            Err(refused) => return Err(refused.to_string()),
+        }
+    }
 }
 
 /// Waits until no call runs; false if some still do after `timeout`.

@@ -14,7 +14,6 @@ mod status;
 mod tokenization;
 
 use std::future::Future;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,9 +65,6 @@ pub struct Served {
 /// How to serve.
 #[derive(Clone, Debug)]
 pub struct ServeOptions {
-    /// Where the command line binds; [`serve`] itself takes a listener that is bound already, so that a bad address is an error
-    /// before the model is loaded.
-    pub address: SocketAddr,
     /// Bytes of the largest request message.
     pub message_bytes_max: usize,
     /// Concurrent calls on one connection.
@@ -82,7 +78,6 @@ pub struct ServeOptions {
 impl Default for ServeOptions {
     fn default() -> Self {
         Self {
-            address: SocketAddr::from(([127, 0, 0, 1], 50051)),
             message_bytes_max: 4 << 20,
             streams_per_connection_max: 128,
             request_time_max: Duration::from_secs(600),

@@ -81,18 +81,31 @@ pub fn device(name: &str) -> Result<Device, String> {
             .and_then(|index| index.parse::<usize>().ok())
             .ok_or_else(|| format!("unknown device '{name}': use auto, cpu or cuda:N"))?,
     };
-    let found = if open_cuda() && tch::Cuda::is_available() { tch::Cuda::device_count().max(0) as usize } else { 0 };
-    match (name, index < found) {
-        (_, true) => Ok(Device::Cuda(index)),
-        ("auto", false) => Ok(Device::Cpu),
-        (_, false) => Err(format!("device '{name}' is not here: {found} CUDA devices were found; use --device cpu")),
+    let opened = open_cuda();
+    let found = if opened.is_ok() && tch::Cuda::is_available() { tch::Cuda::device_count().max(0) as usize } else { 0 };
+    match (name, index < found, opened) {
+        (_, true, _) => Ok(Device::Cuda(index)),
+        ("auto", false, _) => Ok(Device::Cpu),
+        (_, false, Ok(())) => Err(format!("device '{name}' is not here: {found} CUDA devices were found; use --device cpu")),
+        (_, false, Err(reason)) => Err(format!("libtorch's CUDA half cannot be opened ({reason}); use --device cpu")),
     }
 }
 
 /// Makes libtorch's CUDA half available to this process. Nothing links it, so a machine without it is no error.
-fn open_cuda() -> bool {
-    // SAFETY: the name is a NUL-terminated constant; the library registers its kernels when loaded and is never unloaded.
-    unsafe { !libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL).is_null() }
+fn open_cuda() -> Result<(), String> {
+    // SAFETY: the name is a NUL-terminated constant; the library registers its kernels when loaded and is never unloaded. What
+    // dlerror gives is a NUL-terminated text that stays until the next call of the dl family on this thread.
+    unsafe {
+        if !libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL).is_null() {
+            return Ok(());
+        }
+        let reason = libc::dlerror();
+        if reason.is_null() {
+            Err("no reason given".into())
+        } else {
+            Err(std::ffi::CStr::from_ptr(reason).to_string_lossy().into())
+        }
+    }
 }
 
 /// Sets how many threads one operation may use; 0 leaves libtorch's choice (one per core).

@@ -77,6 +77,8 @@ impl Options {
 /// Trains a masked diffusion model on the nano tasks (LLaDA's objective on the answer; see [`data`] for the masking).
 pub fn run(options: &Options) -> Result<()> {
     ensure!(options.steps.is_some() || options.minutes.is_some(), "say how long to train: --steps or --minutes");
+    let minutes = options.minutes.unwrap_or(1.0);
+    ensure!(minutes > 0.0 && minutes.is_finite() && options.steps != Some(0), "--minutes and --steps must be above 0");
     ensure!(options.batch > 0 && options.batch <= 4096, "--batch must be from 1 to 4096");
     ensure!(options.hidden_size.is_multiple_of(options.heads.max(1) * 2), "--hidden-size must be a multiple of 2 × --heads");
     crate::tensor::set_threads(options.threads);

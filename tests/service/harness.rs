@@ -52,7 +52,7 @@ pub async fn start(limits: Limits, options: ServeOptions) -> TestServer {
 /// The model that ships.
 pub fn engine(limits: Limits) -> (Arc<ModelInfo>, Engine) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano");
-    assert!(folder.join("model.safetensors").exists(), "models/nano has no weights: run `make models`, or check them out");
+    assert!(folder.join("model.safetensors").exists(), "models/nano has no weights: check them out");
     lacuna::tensor::set_threads(1);
     let checkpoint = Checkpoint::open(&folder).expect("the model opens");
     let context = checkpoint.config.max_positions;

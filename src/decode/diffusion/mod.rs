@@ -20,7 +20,7 @@ use select::{Candidate, Order, Rule, select};
 /// How many cells a step commits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Commit {
-    /// LLaDA: every block's masked cells in equal parts over its share of `steps`.
+    /// LLaDA: every block's masked cells in equal parts over its share of `steps`, which counts for the whole canvas.
     Linear {
         steps: usize,
     },
@@ -73,12 +73,16 @@ pub struct Diffusion {
     block_step: usize,
     /// Masked cells when the current block began.
     block_masked: usize,
+    /// Blocks that had a masked cell at the start: the steps are shared among these.
+    blocks: usize,
 }
 
 impl Diffusion {
     pub fn new(parameters: Parameters, canvas: Canvas, attention: Attention) -> Self {
         let rng = ChaCha8Rng::seed_from_u64(parameters.seed);
-        let mut decoder = Self { parameters, canvas, attention, rng, step: 0, block: 0, block_step: 0, block_masked: 0 };
+        let blocks = canvas.blocks_to_fill(parameters.block_length);
+        let mut decoder =
+            Self { parameters, canvas, attention, rng, step: 0, block: 0, block_step: 0, block_masked: 0, blocks };
         decoder.enter_block();
         decoder.skip_idle_steps();
         decoder
@@ -111,21 +115,21 @@ impl Diffusion {
         self.block_masked = if self.finished().is_none() { self.canvas.masked(self.block_range()).count() } else { 0 };
     }
 
-    fn blocks(&self) -> usize {
-        self.canvas.len().div_ceil(self.parameters.block_length).max(1)
+    /// Steps that one block gets of those for the whole canvas; never none.
+    fn block_steps(&self, steps: usize) -> usize {
+        (steps / self.blocks.max(1)).max(1)
     }
 
     /// How many cells of `open` masked ones the schedule commits in the current step; `None` where the scores decide.
     fn scheduled(&self, open: usize) -> Option<usize> {
         match self.parameters.commit {
             Commit::Linear { steps } => {
-                // As many as fit where the blocks do not divide the steps; never none.
-                let steps = (steps / self.blocks()).max(1);
+                let steps = self.block_steps(steps);
                 let behind = self.block_step >= steps;
                 Some(if behind { open } else { schedule::linear(self.block_masked, steps, self.block_step) })
             }
             Commit::Timesteps { steps, eps, independent: false } => {
-                Some(schedule::timestep_count(open, steps, eps, self.block_step))
+                Some(schedule::timestep_count(open, self.block_steps(steps), eps, self.block_step))
             }
             _ => None,
         }
@@ -141,7 +145,7 @@ impl Diffusion {
     fn rule(&self, open: usize) -> Rule {
         match self.parameters.commit {
             Commit::Timesteps { steps, eps, independent: true } => {
-                Rule::Probability(f64::from(schedule::timestep_share(steps, eps, self.block_step)))
+                Rule::Probability(f64::from(schedule::timestep_share(self.block_steps(steps), eps, self.block_step)))
             }
             Commit::Threshold(threshold) => Rule::Threshold(threshold),
             Commit::Factor(factor) => Rule::Factor(factor),
@@ -189,6 +193,15 @@ impl Diffusion {
     }
 }
 
+/// The finaliser of SplitMix64 (Steele et al., OOPSLA 2014): every bit of the input moves every bit of the result, so that a
+/// generator that takes 32 bits of its seed still tells all requests and steps apart.
+fn mix(seed: u64) -> u64 {
+    let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
 impl Decoder for Diffusion {
     fn window(&self) -> Window {
         let parameters = &self.parameters;
@@ -201,8 +214,7 @@ impl Decoder for Diffusion {
             positions: self.open_cells().iter().map(|cell| (prompt + cell) as u32).collect(),
             guidance,
             sampling: parameters.sampling.clone(),
-            // A odd multiplier spreads neighbouring seeds; the step is added behind it.
-            noise_seed: parameters.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(self.step as u64),
+            noise_seed: mix(parameters.seed ^ mix(self.step as u64)),
         }
     }
 
