@@ -208,16 +208,16 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
     }
     let prompt = prompt_ids(model, &options.prompt)?;
     let pieces = pieces(model, &options)?;
-    let canvas = Canvas::new(&prompt, &pieces, mask);
-    if canvas.is_empty() {
-        return invalid("template", "the canvas is empty");
-    }
-    let length = canvas.sequence().len();
+    // Counted before it is laid out: a template of many long holes must not take memory first.
+    let cells: usize = pieces.iter().map(|piece| if let Piece::Hole(length) = piece { *length } else { 0 }).sum();
+    let fixed: usize = pieces.iter().map(|piece| if let Piece::Fixed(ids) = piece { ids.len() } else { 0 }).sum();
+    let length = prompt.len() + cells + fixed;
     if length > model.context {
         let field = if options.template.is_empty() { "max_new_tokens" } else { "template" };
         let reason = format!("prompt and canvas have {length} tokens, the model's context {}", model.context);
         return invalid(field, reason);
     }
+    let canvas = Canvas::new(&prompt, &pieces, mask);
     for stop in &options.stops {
         if stop.is_empty() || stop.len() > STOP_BYTES_MAX {
             return invalid("stop", format!("a stop string must have 1 to {STOP_BYTES_MAX} bytes"));

@@ -188,6 +188,7 @@ pub static FAMILIES: &[Family] = &[
             ("attention_layer_norm", "false"),
             ("input_emb_norm", "false"),
             ("scale_logits", "false"),
+            ("clip_qkv", "null"),
         ],
         ..LLAMA
     },
