@@ -39,7 +39,7 @@ fn a_run_in_sittings_is_the_unbroken_run_and_it_learns() {
     }
     let read = |folder: &Path, file: &str| std::fs::read(folder.join(file)).unwrap();
     for file in ["model.safetensors", "config.json", "tokenizer.json"] {
-        assert_eq!(read(whole.path(), file), read(parts.path(), file), "{file}");
+        assert!(read(whole.path(), file) == read(parts.path(), file), "{file}");
     }
     let (whole_curve, parts_curve) = (curve(whole.path()), curve(parts.path()));
     assert_eq!(whole_curve.len(), parts_curve.len());
@@ -81,5 +81,5 @@ fn a_killed_run_goes_on_from_its_checkpoint() {
     child.wait().unwrap();
     run(&options(killed.path(), None)).unwrap();
     let weights = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
-    assert_eq!(weights(whole.path()), weights(killed.path()));
+    assert!(weights(whole.path()) == weights(killed.path()), "the killed run ended with other weights");
 }

@@ -104,7 +104,7 @@ fn random(path: &std::path::Path, options: &Step) -> Result<Transformer> {
     let config = ModelConfig::read(path).with_context(|| format!("cannot take the shape from {}", path.display()))?;
     let stored = if device == Device::Cpu { Dtype::F32 } else { config.dtype.unwrap_or(Dtype::Bf16) };
     let placement = Placement { device, dtype: options.model.dtype.unwrap_or(stored) };
-    tch::manual_seed(options.seed as i64);
+    let _generator = tensor::seeded(options.seed);
     tch::no_grad(|| Transformer::new(&config, placement, options.model.context as usize, &mut RandomWeights { placement }))
         .map_err(|error| anyhow!(error))
 }

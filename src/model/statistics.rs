@@ -4,29 +4,20 @@
 //! (guidance, which mixes two sets of logits first, makes one). Sums of
 //! probabilities are taken in f64: two confidences of 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
 
-use std::sync::{Mutex, PoisonError};
-
 use super::ModelError;
 use crate::decode::{RowStatistics, Sampling};
-use crate::tensor::{Kind, Tensor};
+use crate::tensor::{Kind, Tensor, seeded};
 
 /// Logits worked on at a time: two rows of the largest vocabularies (one for each thread of a small machine), 1.25 MiB in f32,
 /// about what second-level caches hold. One row at a time took twice as long, chunks of 4 MiB 1.2 times (docs/LOG.md).
 const CHUNK: i64 = 320 * 1024;
 
-/// libtorch's generator is one for the whole process. Whoever seeds it keeps it until its draws are done: those of another engine
-/// would fall in between, and a seed would no longer repeat a text.
-static GENERATOR: Mutex<()> = Mutex::new(());
-
 /// Statistics of `logits: [rows, vocab]`, in order. `noise_seed` seeds the Gumbel noise where a temperature asks for it.
 pub fn statistics(logits: &Tensor, sampling: &Sampling, noise_seed: u64) -> Result<Vec<RowStatistics>, ModelError> {
     let (rows, vocab) = logits.size2()?;
     let mut found = Vec::with_capacity(rows as usize);
-    let _generator = (sampling.temperature > 0.0).then(|| {
-        let generator = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-        tch::manual_seed(noise_seed as i64);
-        generator
-    });
+    // Held until the last draw.
+    let _generator = (sampling.temperature > 0.0).then(|| seeded(noise_seed));
     let chunk = (CHUNK / vocab).clamp(1, rows.max(1));
     let mut start = 0;
     while start < rows {

@@ -4,6 +4,7 @@
 //! models.
 
 use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use tch::{Device, Kind, TchError, Tensor};
 
@@ -106,6 +107,18 @@ fn open_cuda() -> Result<(), String> {
             Err(std::ffi::CStr::from_ptr(reason).to_string_lossy().into())
         }
     }
+}
+
+/// libtorch's generator is one for the whole process.
+static GENERATOR: Mutex<()> = Mutex::new(());
+
+/// Seeds libtorch's generator and keeps it for the caller until the guard is dropped: draws of another thread would fall in
+/// between, and a seed would no longer repeat what it gave.
+#[must_use = "the generator is shared again when the guard is dropped"]
+pub fn seeded(seed: u64) -> MutexGuard<'static, ()> {
+    let generator = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(seed as i64);
+    generator
 }
 
 /// Sets how many threads one operation may use; 0 leaves libtorch's choice (one per core).

@@ -9,7 +9,7 @@ use super::Progress;
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::weights::{WeightFiles, save as save_tensors};
 use crate::model::{ModelError, Source, TensorSpec, manifest};
-use crate::tensor::{Device, Dtype, Kind, Placement, Tensor};
+use crate::tensor::{Device, Dtype, Kind, Placement, Tensor, seeded};
 
 /// Gradients longer than this are scaled down to it.
 const CLIP_NORM: f64 = 1.0;
@@ -25,7 +25,7 @@ pub struct Parameters {
 impl Parameters {
     /// Normal initialisation with σ = 0.02, the projections back into the residual stream shrunk by √(2 · layers) (GPT-2).
     pub fn new(config: &ModelConfig, dtype: Dtype, seed: u64) -> Result<Self> {
-        tch::manual_seed(seed as i64);
+        let _generator = seeded(seed);
         let names = config.family.names;
         let into_residual = [format!("{}.weight", names.output), format!("{}.weight", names.down)];
         let mut tensors = BTreeMap::new();
