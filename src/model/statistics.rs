@@ -1,8 +1,8 @@
 //! From logits to what decoding needs: chosen token, confidence, margin and entropy of each wanted row.
 //!
 //! Rows are worked through in chunks small enough to stay in the cache, so that no float copy of all rows' logits exists
-//! (guidance, which mixes two sets of logits first, makes one). Sums of
-//! probabilities are taken in f64: two confidences of 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
+//! (guidance, which mixes two sets of logits first, makes one). Sums of probabilities are taken in f64: two confidences of
+//! 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
 
 use super::ModelError;
 use crate::decode::{RowStatistics, Sampling};

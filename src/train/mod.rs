@@ -238,7 +238,7 @@ fn model_config(options: &Options, tokenizer: &Tokenizer) -> Result<ModelConfig>
     let generation = json!({
         "eos_token_id": token(vocabulary::END)?,
         "max_new_tokens": data::CANVAS,
-        // The decoder's defaults for this model; docs/LOG.md has the measurements behind them.
+        // The decoder's defaults for this model; its README has the measurements behind them.
         "diffusion": { "block_length": data::CANVAS, "threshold": 0.9 },
     });
     write_atomically(&options.out.join("generation_config.json"), &serde_json::to_vec_pretty(&generation)?)?;

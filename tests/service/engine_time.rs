@@ -30,7 +30,7 @@ async fn a_deadline_ends_the_work() {
     server.idle().await;
 }
 
-/// The engine does not look at a waiting request: the stream has to end by itself.
+/// The engine looks at waiting requests between rounds only: the stream has to end by itself where a round is long.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_ends_the_wait_in_the_queue() {
     let server = start(Limits { resident: 1, queued: 4 }, ServeOptions::default()).await;
