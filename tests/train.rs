@@ -4,12 +4,15 @@ use std::path::Path;
 
 use lacuna::checkpoint::Checkpoint;
 use lacuna::tensor::{Dtype, Placement};
+use lacuna::train::data::Objective;
 use lacuna::train::{Options, run};
 use serde_json::Value;
 
 fn options(out: &Path, stop_after: Option<u64>) -> Options {
     Options {
         out: out.into(),
+        objective: Objective::Diffusion,
+        tokenizer: None,
         seed: 3,
         steps: Some(60),
         minutes: None,

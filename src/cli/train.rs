@@ -6,12 +6,18 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::tensor::Dtype;
+use crate::train::data::Objective;
 
 #[derive(Args, Debug)]
 pub struct Options {
     /// Folder of the model: written if absent, resumed if it holds a training state
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    #[arg(long, value_enum, default_value_t = Objective::Diffusion)]
+    objective: Objective,
+    /// Take the tokenizer of this model folder rather than train one
+    #[arg(long, value_name = "DIR")]
+    tokenizer: Option<PathBuf>,
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Optimiser steps; with --minutes too, the run ends at the first of the two
@@ -43,20 +49,20 @@ pub struct Options {
 }
 
 pub fn run(options: Options) -> Result<()> {
-    let Options { out, seed, steps, minutes, stop_after, batch, learning_rate, hidden_size, layers, heads, dtype, threads } =
-        options;
     crate::train::run(&crate::train::Options {
-        out,
-        seed,
-        steps,
-        minutes,
-        stop_after,
-        batch,
-        learning_rate,
-        hidden_size,
-        layers,
-        heads,
-        dtype,
-        threads,
+        out: options.out,
+        objective: options.objective,
+        tokenizer: options.tokenizer,
+        seed: options.seed,
+        steps: options.steps,
+        minutes: options.minutes,
+        stop_after: options.stop_after,
+        batch: options.batch,
+        learning_rate: options.learning_rate,
+        hidden_size: options.hidden_size,
+        layers: options.layers,
+        heads: options.heads,
+        dtype: options.dtype,
+        threads: options.threads,
     })
 }

@@ -1,9 +1,12 @@
-//! From tasks to masked batches.
+//! From tasks to batches, for either objective.
 //!
-//! An example is `prompt | answer | end | end …`: the canvas behind the prompt is filled up with end-of-text, as LLaDA trains
-//! it, so that a model learns where a text ends on a canvas of any length. A share of the canvas, drawn anew per example, is
-//! replaced by the mask token; the loss is the plain mean over masked positions (in a probe on this task it learned several
+//! A diffusion example is `prompt | answer | end | end …`: the canvas behind the prompt is filled up with end-of-text, as LLaDA
+//! trains it, so that a model learns where a text ends on a canvas of any length. A share of the canvas, drawn anew per example,
+//! is replaced by the mask token; the loss is the plain mean over masked positions (in a probe on this task it learned several
 //! times faster than the 1/t-weighted bound).
+//!
+//! An autoregressive example is the same text with nothing masked; every token of the answer, and the one end behind it, is
+//! predicted from the row before it. The same seed draws the same examples for both, in the same pools.
 
 use anyhow::{Context, Result, ensure};
 use rand::seq::SliceRandom;
@@ -26,10 +29,19 @@ const LONG_CANVAS: f64 = 0.25;
 /// Share of masked fill positions (behind the first end-of-text) that count in the loss: they are many and easy.
 const FILL_IN_LOSS: f64 = 0.15;
 
+/// What a network learns to predict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Objective {
+    /// Masked tokens from everything else (LLaDA).
+    Diffusion,
+    /// Each token from those before it.
+    Autoregressive,
+}
+
 /// Token ids of `batch × length` and the rows in them to predict.
 pub struct Batch {
     pub size: usize,
-    /// `[size × length]`, masked.
+    /// `[size × length]`, masked where the objective says so.
     pub tokens: Vec<i64>,
     /// Flat indices into `tokens`.
     pub rows: Vec<i64>,
@@ -43,6 +55,7 @@ pub struct Batches<'a> {
     pub seed: u64,
     pub size: usize,
     pub split: Split,
+    pub objective: Objective,
 }
 
 struct Example {
@@ -58,6 +71,10 @@ impl Batches<'_> {
         examples.sort_by_key(|example| example.prompt.len() + example.answer.len());
         let mut batches = Vec::with_capacity(POOL as usize);
         for examples in examples.chunks(self.size) {
+            if self.objective == Objective::Autoregressive {
+                batches.push(self.continue_prompts(examples)?);
+                continue;
+            }
             let shortest = examples.iter().map(|e| e.prompt.len()).min().unwrap_or(0);
             let needed = examples.iter().map(|e| e.prompt.len() + e.answer.len() + 1).max().unwrap_or(0);
             let spare = if rng.random_bool(LONG_CANVAS) { (shortest + CANVAS).saturating_sub(needed) } else { 3 };
@@ -69,10 +86,13 @@ impl Batches<'_> {
         Ok(batches)
     }
 
-    /// A batch in which every canvas is wholly masked and only the answer and its end count.
-    pub fn fully_masked(&self, index: u64) -> Result<Batch> {
+    /// A batch for validation. For diffusion, every canvas is wholly masked and only the answer and its end count.
+    pub fn validation(&self, index: u64) -> Result<Batch> {
         let mut rng = self.rng(index);
         let examples = self.examples(&mut rng, self.size)?;
+        if self.objective == Objective::Autoregressive {
+            return self.continue_prompts(&examples);
+        }
         let longest = examples.iter().map(|e| e.prompt.len()).max().unwrap_or(0);
         self.mask(&mut rng, &examples, longest + CANVAS, true)
     }
@@ -94,9 +114,28 @@ impl Batches<'_> {
         (0..count).map(example).collect()
     }
 
+    fn token(&self, name: &str) -> Result<i64> {
+        self.tokenizer.token_id(name).map(i64::from).with_context(|| format!("no token {name}"))
+    }
+
+    /// Row `i` predicts token `i + 1`; rows within the prompt, and behind the first end, do not count.
+    fn continue_prompts(&self, examples: &[Example]) -> Result<Batch> {
+        let end = self.token(END)?;
+        let needed = examples.iter().map(|e| e.prompt.len() + e.answer.len() + 1).max().unwrap_or(0);
+        let length = needed.next_multiple_of(8);
+        let mut batch = Batch { size: examples.len(), tokens: vec![], rows: vec![], targets: vec![] };
+        for Example { prompt, answer } in examples {
+            let first = batch.tokens.len() + prompt.len();
+            batch.tokens.extend(prompt.iter().chain(answer).map(|id| i64::from(*id)));
+            batch.rows.extend((first..=first + answer.len()).map(|position| position as i64 - 1));
+            batch.targets.extend(answer.iter().map(|id| i64::from(*id)).chain([end]));
+            batch.tokens.resize(first - prompt.len() + length, end);
+        }
+        Ok(batch)
+    }
+
     fn mask(&self, rng: &mut impl Rng, examples: &[Example], length: usize, all: bool) -> Result<Batch> {
-        let id = |name: &str| self.tokenizer.token_id(name).map(i64::from).with_context(|| format!("no token {name}"));
-        let (end, mask) = (id(END)?, id(MASK)?);
+        let (end, mask) = (self.token(END)?, self.token(MASK)?);
         let mut batch =
             Batch { size: examples.len(), tokens: Vec::with_capacity(examples.len() * length), rows: vec![], targets: vec![] };
         for Example { prompt, answer } in examples {

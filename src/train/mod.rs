@@ -22,11 +22,13 @@ use crate::checkpoint::write_atomically;
 use crate::eval::nano::Split;
 use crate::model::Transformer;
 use crate::tensor::{Device, Dtype, Kind, Placement, Tensor};
-use data::{Batch, Batches};
+use data::{Batch, Batches, Objective};
 use parameters::{AdamW, Parameters};
 
 /// A checkpoint is written this often, so that a kill loses less than a minute.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(30);
+/// Positions of the small models.
+const CONTEXT: usize = 256;
 const VALIDATE_EVERY: u64 = 500;
 const VALIDATION_BATCHES: u64 = 8;
 
@@ -35,6 +37,9 @@ const VALIDATION_BATCHES: u64 = 8;
 pub struct Options {
     /// Folder of the model: written if absent, resumed if it holds a training state.
     pub out: PathBuf,
+    pub objective: Objective,
+    /// Folder of the model whose tokenizer to take; without it one is trained on the tasks.
+    pub tokenizer: Option<PathBuf>,
     pub seed: u64,
     pub steps: Option<u64>,
     pub minutes: Option<f64>,
@@ -74,7 +79,8 @@ impl Options {
     }
 }
 
-/// Trains a masked diffusion model on the nano tasks (LLaDA's objective on the answer; see [`data`] for the masking).
+/// Trains a model on the nano tasks: masked diffusion (LLaDA's objective on the answer; see [`data`] for the masking), or its
+/// autoregressive sibling of the same size.
 pub fn run(options: &Options) -> Result<()> {
     ensure!(options.steps.is_some() || options.minutes.is_some(), "say how long to train: --steps or --minutes");
     let minutes = options.minutes.unwrap_or(1.0);
@@ -83,14 +89,20 @@ pub fn run(options: &Options) -> Result<()> {
     ensure!(options.hidden_size.is_multiple_of(options.heads.max(1) * 2), "--hidden-size must be a multiple of 2 × --heads");
     crate::tensor::set_threads(options.threads);
     std::fs::create_dir_all(options.out.join("training")).context("cannot create the model's folder")?;
-    let tokenizer = vocabulary::open_or_build(&options.out, options.seed)?;
+    let tokenizer = vocabulary::prepare(&options.out, options.tokenizer.as_deref(), options.seed)?;
     let config = model_config(options, &tokenizer)?;
     let mut parameters = Parameters::new(&config, options.dtype, options.seed)?;
     let mut optimizer = AdamW::new(&parameters, 0.1)?;
     let state = options.out.join("training/state.safetensors");
     let mut progress = parameters::resume(&state, &mut parameters, &mut optimizer)?.unwrap_or_default();
     let mut curve = curve_file(options, progress)?;
-    let batches = Batches { tokenizer: &tokenizer, seed: options.seed, size: options.batch, split: Split::Train };
+    let batches = Batches {
+        tokenizer: &tokenizer,
+        seed: options.seed,
+        size: options.batch,
+        split: Split::Train,
+        objective: options.objective,
+    };
     let bar = progress_bar();
     bar.println(format!(
         "training {} parameters, vocabulary {}, from step {}",
@@ -123,7 +135,7 @@ pub fn run(options: &Options) -> Result<()> {
             let (validation_loss, exact) = validate(&config, &parameters, &tokenizer, options)?;
             let line = json!({
                 "step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds.round(), "learning_rate": rate,
-                "loss": recent.loss, "held_out_loss": validation_loss, "held_out_exact_in_one_forward": exact,
+                "loss": recent.loss, "held_out_loss": validation_loss, exact_name(options.objective): exact,
                 "tokens_per_second": recent.rate().round(),
             });
             bar.println(line.to_string());
@@ -154,7 +166,7 @@ fn step(config: &ModelConfig, parameters: &mut Parameters, optimizer: &mut AdamW
 
 fn network(config: &ModelConfig, parameters: &mut Parameters) -> Result<Transformer> {
     let placement = Placement { device: Device::Cpu, dtype: parameters.dtype() };
-    Ok(Transformer::new(config, placement, 256, parameters)?)
+    Ok(Transformer::new(config, placement, CONTEXT, parameters)?)
 }
 
 /// Mean cross-entropy over the batch's loss rows, and whether each row's best token is right (`[rows]`, bool).
@@ -171,16 +183,26 @@ fn losses(model: &Transformer, batch: &Batch) -> Result<(Tensor, Tensor)> {
     Ok((loss, right))
 }
 
-/// On held-out compositions, from a fully masked canvas: the loss, and the share of tasks whose every token up to the end of
-/// the text is right after one forward. The decoder usually does better than that, since it may look again.
+/// What [`validate`]'s second figure is called in the curve.
+fn exact_name(objective: Objective) -> &'static str {
+    match objective {
+        Objective::Diffusion => "held_out_exact_in_one_forward",
+        Objective::Autoregressive => "held_out_exact_when_greedy",
+    }
+}
+
+/// On held-out compositions: the loss, and the share of tasks whose every token up to the end of the text is right after one
+/// forward. For diffusion that is from a fully masked canvas, and the decoder usually does better, since it may look again; an
+/// autoregressive network whose every token is right after the right ones before it writes just that text when greedy.
 fn validate(config: &ModelConfig, parameters: &Parameters, tokenizer: &Tokenizer, options: &Options) -> Result<(f64, f64)> {
-    let held_out = Batches { tokenizer, seed: options.seed ^ 0x5eed, size: 32, split: Split::HeldOut };
+    let held_out =
+        Batches { tokenizer, seed: options.seed ^ 0x5eed, size: 32, split: Split::HeldOut, objective: options.objective };
     tch::no_grad(|| {
         let mut weights = parameters.shallow_clone();
         let model = network(config, &mut weights)?;
         let (mut loss, mut exact, mut tasks) = (0.0, 0, 0);
         for index in 0..VALIDATION_BATCHES {
-            let batch = held_out.fully_masked(index)?;
+            let batch = held_out.validation(index)?;
             let (batch_loss, right) = losses(&model, &batch)?;
             loss += batch_loss.f_double_value(&[])? / VALIDATION_BATCHES as f64;
             let right: Vec<bool> = Vec::try_from(&right)?;
@@ -195,52 +217,76 @@ fn validate(config: &ModelConfig, parameters: &Parameters, tokenizer: &Tokenizer
     })
 }
 
-/// The shipped model is a LLaDA by its config: the authors' own code can load it.
+/// The shipped models are a LLaDA and a Llama by their configs: the authors' own code can load them.
 fn model_config(options: &Options, tokenizer: &Tokenizer) -> Result<ModelConfig> {
     let token = |name: &str| tokenizer.token_id(name).with_context(|| format!("the tokenizer lacks {name}"));
-    let json = json!({
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "d_model": options.hidden_size,
-        "n_layers": options.layers,
-        "n_heads": options.heads,
-        "n_kv_heads": options.heads,
-        // 8/3 of the width in multiples of 64: the usual size where the MLP has three matrices.
-        "mlp_hidden_size": (options.hidden_size * 8 / 3).next_multiple_of(64),
-        "vocab_size": tokenizer.size(),
-        "embedding_size": tokenizer.size().next_multiple_of(16),
-        "max_sequence_length": 256,
-        "rope": true,
-        "rope_theta": 10000.0,
-        "rope_full_precision": true,
-        "rms_norm_eps": 1e-5,
-        "layer_norm_type": "rms",
-        "activation_type": "silu",
-        "block_type": "llama",
-        "block_group_size": 1,
-        "alibi": false,
-        "attention_layer_norm": false,
-        "include_bias": false,
-        "include_qkv_bias": false,
-        "bias_for_layer_norm": false,
-        "input_emb_norm": false,
-        "scale_logits": false,
-        "weight_tying": true,
-        "attention_dropout": 0.0,
-        "residual_dropout": 0.0,
-        "embedding_dropout": 0.0,
-        "mask_token_id": token(vocabulary::MASK)?,
-        "eos_token_id": token(vocabulary::END)?,
-        "pad_token_id": token(vocabulary::END)?,
-        "torch_dtype": "float16",
-    });
+    let (end, mask) = (token(vocabulary::END)?, token(vocabulary::MASK)?);
+    let rows = tokenizer.size().next_multiple_of(16);
+    // 8/3 of the width in multiples of 64: the usual size where the MLP has three matrices.
+    let mlp = (options.hidden_size * 8 / 3).next_multiple_of(64);
+    let json = match options.objective {
+        Objective::Diffusion => json!({
+            "architectures": ["LLaDAModelLM"],
+            "model_type": "llada",
+            "d_model": options.hidden_size,
+            "n_layers": options.layers,
+            "n_heads": options.heads,
+            "n_kv_heads": options.heads,
+            "mlp_hidden_size": mlp,
+            "vocab_size": tokenizer.size(),
+            "embedding_size": rows,
+            "max_sequence_length": CONTEXT,
+            "rope": true,
+            "rope_theta": 10000.0,
+            "rope_full_precision": true,
+            "rms_norm_eps": 1e-5,
+            "layer_norm_type": "rms",
+            "activation_type": "silu",
+            "block_type": "llama",
+            "block_group_size": 1,
+            "alibi": false,
+            "attention_layer_norm": false,
+            "include_bias": false,
+            "include_qkv_bias": false,
+            "bias_for_layer_norm": false,
+            "input_emb_norm": false,
+            "scale_logits": false,
+            "weight_tying": true,
+            "attention_dropout": 0.0,
+            "residual_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "mask_token_id": mask,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "torch_dtype": "float16",
+        }),
+        Objective::Autoregressive => json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": options.hidden_size,
+            "num_hidden_layers": options.layers,
+            "num_attention_heads": options.heads,
+            "num_key_value_heads": options.heads,
+            "intermediate_size": mlp,
+            "vocab_size": rows,
+            "max_position_embeddings": CONTEXT,
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "attention_bias": false,
+            "mlp_bias": false,
+            "tie_word_embeddings": true,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "torch_dtype": "float16",
+        }),
+    };
     write_atomically(&options.out.join("config.json"), &serde_json::to_vec_pretty(&json)?)?;
-    let generation = json!({
-        "eos_token_id": token(vocabulary::END)?,
-        "max_new_tokens": data::CANVAS,
+    let mut generation = json!({ "eos_token_id": end, "max_new_tokens": data::CANVAS });
+    if options.objective == Objective::Diffusion {
         // The decoder's defaults for this model; its README has the measurements behind them.
-        "diffusion": { "block_length": data::CANVAS, "threshold": 0.9 },
-    });
+        generation["diffusion"] = json!({ "block_length": data::CANVAS, "threshold": 0.9 });
+    }
     write_atomically(&options.out.join("generation_config.json"), &serde_json::to_vec_pretty(&generation)?)?;
     ModelConfig::from_json(&json).map_err(anyhow::Error::msg)
 }

@@ -27,10 +27,20 @@ const SAMPLES: usize = 30_000;
 /// Far more than the corpus needs; training stops when no pair occurs twice.
 const SIZE_MAX: usize = 2048;
 
-/// The folder's tokenizer, built from `seed` if the folder has none.
-pub fn open_or_build(folder: &Path, seed: u64) -> Result<Tokenizer> {
+/// The folder's tokenizer. If it has none, `other`'s is taken over, or one is built from `seed`.
+pub fn prepare(folder: &Path, other: Option<&Path>, seed: u64) -> Result<Tokenizer> {
     if !folder.join("tokenizer.json").exists() {
-        build(folder, seed)?;
+        match other {
+            None => build(folder, seed)?,
+            // The vocabulary last: it is what says that the tokenizer is there.
+            Some(other) => {
+                for file in ["tokenizer_config.json", "tokenizer.json"] {
+                    let bytes =
+                        std::fs::read(other.join(file)).with_context(|| format!("cannot read {file} of --tokenizer"))?;
+                    write_atomically(&folder.join(file), &bytes)?;
+                }
+            }
+        }
     }
     Ok(Tokenizer::open(folder)?)
 }
