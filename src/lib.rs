@@ -7,6 +7,7 @@
 pub mod checkpoint;
 pub mod cli;
 pub mod decode;
+pub mod draft;
 pub mod engine;
 pub mod eval;
 pub mod model;

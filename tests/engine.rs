@@ -17,8 +17,8 @@ fn start(limits: Limits) -> (ModelInfo, Engine) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano");
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let network = checkpoint.load(Placement::CPU_F32, 4096, &mut |_| {}).unwrap();
-    let model = ModelInfo::new(checkpoint, network.context(), network.placement());
-    let engine = Engine::start(network, model.tokenizer.clone(), limits).unwrap();
+    let model = ModelInfo::new(checkpoint, network.context(), network.placement(), vec![]);
+    let engine = Engine::start(network, Drafters::default(), model.tokenizer.clone(), limits).unwrap();
     (model, engine)
 }
 
@@ -92,7 +92,7 @@ fn commits_join_to_the_text_and_edits_replay_to_the_canvas() {
     let (model, engine) = start(ONE);
     for request in mixed(&model) {
         let mut replayed: Canvas = request.canvas.clone();
-        let ends = request.parameters.end_of_text.ids.clone();
+        let ends = request.method.ends().to_vec();
         let (text, usage, events) = collect(engine.submit(request).unwrap());
         let mut ids = vec![];
         for event in &events {

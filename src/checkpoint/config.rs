@@ -157,6 +157,8 @@ pub struct GenerationConfig {
     pub max_new_tokens: Option<usize>,
     /// The `diffusion` object: our own extension, holding the decoder's defaults for this model.
     pub diffusion: Option<Value>,
+    /// The `autoregressive` object, likewise.
+    pub autoregressive: Option<Value>,
 }
 
 impl GenerationConfig {
@@ -178,11 +180,12 @@ impl GenerationConfig {
             top_k: token_id(&json, "top_k").map_err(wrong)?.filter(|k| *k > 0),
             max_new_tokens: token_id(&json, "max_new_tokens").map_err(wrong)?.map(|n| n as usize),
             diffusion: json.get("diffusion").filter(|value| !value.is_null()).cloned(),
+            autoregressive: json.get("autoregressive").filter(|value| !value.is_null()).cloned(),
         })
     }
 }
 
-pub(super) fn read_json(path: &Path) -> Result<Value, CheckpointError> {
+pub(crate) fn read_json(path: &Path) -> Result<Value, CheckpointError> {
     let text = std::fs::read(path).map_err(|source| CheckpointError::Read { path: path.into(), source })?;
     serde_json::from_slice(&text).map_err(|e| CheckpointError::Config { path: path.into(), reason: e.to_string() })
 }

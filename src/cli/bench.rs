@@ -59,7 +59,7 @@ pub fn run(options: Options) -> Result<()> {
             (path.display().to_string(), network, load::open(&options.model.model)?.tokenizer.into())
         }
         None => {
-            let (model, network) = options.model.load()?;
+            let (model, network, _) = options.model.load()?;
             (model.name, network, model.tokenizer)
         }
     };

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::load::ModelOptions;
-use super::method::{DiffusionFlags, SamplingFlags};
+use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags};
 use crate::eval::suite;
 
 #[derive(Args, Debug)]
@@ -32,6 +32,8 @@ pub struct Options {
     #[command(flatten)]
     diffusion: DiffusionFlags,
     #[command(flatten)]
+    autoregressive: AutoregressiveFlags,
+    #[command(flatten)]
     sampling: SamplingFlags,
     /// Print one JSON object
     #[arg(long)]
@@ -49,14 +51,16 @@ enum Suite {
 
 pub fn run(options: Options) -> Result<()> {
     let Suite::Nano = options.suite;
-    let (model, network) = options.model.load()?;
+    let (model, network, drafters) = options.model.load()?;
     let placement = network.placement();
-    let engine = suite::engine(&model, network)?;
+    let engine = suite::engine(&model, network, drafters)?;
     let wanted = suite::Options {
         tasks: options.tasks as usize,
         seed: options.tasks_seed,
         max_new_tokens: options.max_new_tokens,
+        method: options.autoregressive.method(),
         diffusion: options.diffusion.options(),
+        autoregressive: options.autoregressive.options(),
         sampling: options.sampling.options(),
     };
     let mut file = match &options.outcomes {
@@ -103,7 +107,7 @@ pub fn run(options: Options) -> Result<()> {
         100.0 * report.pass_at_1,
         report.tokens_per_forward,
         report.generated_tokens,
-        report.forwards.denoise,
+        report.forwards.model(),
         report.tokens_per_second,
     );
     Ok(())

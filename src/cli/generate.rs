@@ -10,7 +10,7 @@ use clap::Args;
 
 use super::display::{Page, Picture, Screen, frame};
 use super::load::ModelOptions;
-use super::method::{DiffusionFlags, SamplingFlags, Template, piece, template};
+use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, Template, piece, template};
 use super::remote::Remote;
 use super::report;
 use crate::checkpoint::chat::Message;
@@ -56,6 +56,8 @@ pub struct Options {
     #[command(flatten)]
     diffusion: DiffusionFlags,
     #[command(flatten)]
+    autoregressive: AutoregressiveFlags,
+    #[command(flatten)]
     sampling: SamplingFlags,
     /// Print one JSON object: text, token ids, finish reason, usage
     #[arg(long, help_heading = "Output")]
@@ -90,10 +92,10 @@ pub fn run(options: Options) -> Result<()> {
 impl Options {
     /// Loads the model and runs it in this process; gives the seed too.
     fn here(&self, prompt: &str, show: bool) -> Result<(Outcome, u64)> {
-        let (model, network) = self.model.load()?;
+        let (model, network, drafters) = self.model.load()?;
         let request = validate(&model, self.request(model.default_canvas(), prompt, show))?;
-        let seed = request.parameters.seed;
-        let engine = Engine::start(network, model.tokenizer.clone(), Limits { resident: 1, queued: 1 })?;
+        let seed = request.method.seed();
+        let engine = Engine::start(network, drafters, model.tokenizer.clone(), Limits { resident: 1, queued: 1 })?;
         let mut events = engine.submit(request)?;
         let events = std::iter::from_fn(move || events.blocking_recv()).map(|event| event.map_err(anyhow::Error::new));
         let ends = &model.generation.eos_token_ids;
@@ -147,7 +149,9 @@ impl Options {
             },
             max_new_tokens: self.max_new_tokens.filter(|_| template.is_empty()),
             template,
+            method: self.autoregressive.method(),
             diffusion: self.diffusion.options(),
+            autoregressive: self.autoregressive.options(),
             sampling: self.sampling.options(),
             stops: self.stop.clone(),
             steps,
@@ -186,7 +190,7 @@ fn follow(events: impl IntoIterator<Item = Result<Event>>, show: &mut dyn FnMut(
         show(&event)?;
         match event {
             Event::Started { .. } | Event::Step(_) => {}
-            Event::Committed { token_ids: ids, text: more } => {
+            Event::Committed { token_ids: ids, text: more, .. } => {
                 token_ids.extend(ids);
                 text.push_str(&more);
             }

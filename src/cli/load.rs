@@ -7,6 +7,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::checkpoint::Checkpoint;
+use crate::draft::Drafters;
 use crate::engine::request::{ModelInfo, check_defaults};
 use crate::model::{Transformer, manifest};
 use crate::tensor::{self, Device, Dtype, Placement};
@@ -34,8 +35,8 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// Opens the folder and loads the network.
-    pub fn load(&self) -> Result<(ModelInfo, Transformer)> {
+    /// Opens the folder, loads the network and whatever drafts for it.
+    pub fn load(&self) -> Result<(ModelInfo, Transformer, Drafters)> {
         tensor::set_threads(self.threads);
         let device = tensor::device(&self.device).map_err(anyhow::Error::msg)?;
         let checkpoint = open(&self.model)?;
@@ -46,9 +47,10 @@ impl ModelOptions {
         let bar = progress("loading", manifest(&checkpoint.config).len(), checkpoint.files.bytes());
         let network = checkpoint.load(placement, self.context as usize, &mut |_| bar.inc(1))?;
         bar.finish_and_clear();
-        let info = ModelInfo::new(checkpoint, network.context(), placement);
+        let drafters = Drafters::load(&self.model, &checkpoint.config, placement).map_err(|error| anyhow!(error))?;
+        let info = ModelInfo::new(checkpoint, network.context(), placement, drafters.infos());
         check_defaults(&info).map_err(anyhow::Error::msg)?;
-        Ok((info, network))
+        Ok((info, network, drafters))
     }
 }
 

@@ -5,7 +5,9 @@ use clap::Args;
 use serde::Deserialize;
 
 use crate::decode::diffusion::select::Order;
-use crate::engine::request::{DiffusionOptions, SamplingOptions, Schedule, TemplatePiece, order};
+use crate::engine::request::{
+    AutoregressiveOptions, DiffusionOptions, DrafterChoice, MethodKind, SamplingOptions, Schedule, TemplatePiece, order,
+};
 
 /// How the canvas is filled. Unset means the model's own default.
 #[derive(Args, Clone, Debug)]
@@ -77,6 +79,52 @@ impl DiffusionFlags {
     }
 }
 
+/// Decoding from left to right. Unset means the model's own default.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Autoregressive")]
+pub struct AutoregressiveFlags {
+    /// diffusion or autoregressive [default: diffusion if the model can]
+    #[arg(long, value_parser = method)]
+    method: Option<MethodKind>,
+    /// Who drafts: none, redrafter, medusa, chain or lookup
+    #[arg(long, value_name = "NAME", value_parser = drafter)]
+    drafter: Option<DrafterChoice>,
+    /// Tokens of the longest draft
+    #[arg(long, value_name = "N")]
+    draft_length: Option<u64>,
+    /// Candidates side by side in the widest draft
+    #[arg(long, value_name = "N")]
+    beam_width: Option<u64>,
+    /// Always draft as much as that, whether it pays or not
+    #[arg(long)]
+    no_adapt: bool,
+    /// Run every step in forwards of one shape, so that drafts cannot change a text by as much as a rounding
+    #[arg(long)]
+    deterministic: bool,
+    /// Prompt tokens run at a time
+    #[arg(long, value_name = "N")]
+    prefill_chunk: Option<u64>,
+}
+
+impl AutoregressiveFlags {
+    pub fn options(&self) -> AutoregressiveOptions {
+        AutoregressiveOptions {
+            drafter: self.drafter,
+            draft_length: self.draft_length,
+            beam_width: self.beam_width,
+            adapt: self.no_adapt.then_some(false),
+            deterministic: self.deterministic.then_some(true),
+            suppress_end: None,
+            prefill_chunk: self.prefill_chunk,
+        }
+    }
+
+    /// The method asked for; a drafter says it too.
+    pub fn method(&self) -> Option<MethodKind> {
+        self.method.or(self.drafter.map(|_| MethodKind::Autoregressive))
+    }
+}
+
 /// How tokens are chosen. Unset means the model's own default.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Sampling")]
@@ -90,6 +138,15 @@ pub struct SamplingFlags {
     top_k: Option<u32>,
     #[arg(long, value_name = "P")]
     min_p: Option<f64>,
+    /// Divides the logits of tokens that have occurred; autoregressive only
+    #[arg(long, value_name = "P")]
+    repetition_penalty: Option<f64>,
+    /// Taken off the logits of tokens that occur in the text; autoregressive only
+    #[arg(long, value_name = "P")]
+    presence_penalty: Option<f64>,
+    /// Likewise, for each time
+    #[arg(long, value_name = "P")]
+    frequency_penalty: Option<f64>,
     /// The same seed gives the same text
     #[arg(long)]
     seed: Option<u64>,
@@ -102,10 +159,26 @@ impl SamplingFlags {
             top_p: self.top_p,
             top_k: self.top_k,
             min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
             logit_bias: vec![],
             seed: self.seed,
+            logprobs: None,
         }
     }
+}
+
+fn method(name: &str) -> Result<MethodKind, String> {
+    match name {
+        "diffusion" => Ok(MethodKind::Diffusion),
+        "autoregressive" => Ok(MethodKind::Autoregressive),
+        _ => Err("use diffusion or autoregressive".into()),
+    }
+}
+
+fn drafter(name: &str) -> Result<DrafterChoice, String> {
+    DrafterChoice::from_name(name).ok_or_else(|| "use none, redrafter, medusa, chain or lookup".into())
 }
 
 fn schedule(name: &str) -> Result<Schedule, String> {

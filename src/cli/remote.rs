@@ -10,13 +10,14 @@ use tokio::runtime::Runtime;
 use tonic::transport::Endpoint;
 
 use crate::checkpoint::chat::Message;
+use crate::decode::autoregressive::Speculation;
 use crate::decode::{Edit, FinishReason, Status, Step};
-use crate::engine::request::{GenerateOptions, Prompt, TemplatePiece};
-use crate::engine::{Event, Usage};
-use crate::service::diffusion_message;
+use crate::engine::request::{GenerateOptions, MethodKind, Prompt, TemplatePiece};
+use crate::engine::{Event, Forwards, Logprob, Usage};
 use crate::service::proto::generation_client::GenerationClient;
 use crate::service::proto::models_client::ModelsClient;
 use crate::service::proto::{self, generate_event, generate_request, template_piece};
+use crate::service::{autoregressive_message, diffusion_message, sampling_message};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -82,7 +83,8 @@ impl Remote {
                 Event::Step(Step { step: step.step as usize, block: step.block as usize, edits })
             }
             generate_event::Event::Committed(committed) => {
-                Event::Committed { token_ids: committed.token_ids, text: committed.text }
+                let logprobs = committed.logprobs.into_iter().map(|found| self.logprob(found)).collect();
+                Event::Committed { token_ids: committed.token_ids, text: committed.text, logprobs }
             }
             generate_event::Event::Finished(finished) => {
                 let reason = match finished.reason() {
@@ -95,6 +97,12 @@ impl Remote {
         })
     }
 
+    fn logprob(&self, found: proto::TokenLogprob) -> Option<Logprob> {
+        let alternative = |one: proto::Alternative| (self.note(one.token_id, one.text), one.logprob);
+        let alternatives = found.alternatives.into_iter().map(alternative).collect();
+        Some(Logprob { token: found.token_id, logprob: found.logprob?, alternatives })
+    }
+
     fn edit(&self, edit: proto::Edit) -> Result<Edit> {
         let status = match edit.status() {
             proto::EditStatus::Provisional => Status::Provisional,
@@ -104,7 +112,7 @@ impl Remote {
             proto::EditStatus::Unspecified => bail!("the server sent an edit without a status"),
         };
         let token = self.note(edit.token_id, edit.text);
-        Ok(Edit { position: edit.position as usize, token, status, confidence: edit.confidence })
+        Ok(Edit { position: edit.position as usize, token, status, confidence: edit.confidence, alternatives: vec![] })
     }
 }
 
@@ -126,14 +134,33 @@ fn failed(status: tonic::Status) -> anyhow::Error {
 
 fn usage(usage: proto::Usage) -> Usage {
     let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+    let forwards = usage.forwards.unwrap_or_default();
+    let forwards = Forwards {
+        prefill: forwards.prefill as usize,
+        denoise: forwards.denoise as usize,
+        decode: forwards.decode as usize,
+        verify: forwards.verify as usize,
+        draft: forwards.draft as usize,
+    };
+    let found = usage.speculation.clone().unwrap_or_default();
     Usage {
         prompt_tokens: usage.prompt_tokens as usize,
         generated_tokens: usage.generated_tokens as usize,
-        forwards_denoise: usage.forwards.unwrap_or_default().denoise as usize,
+        forwards,
         steps: usage.steps as usize,
         queued: seconds(usage.queue_seconds),
         time_to_first_commit: usage.first_committed_seconds.map(seconds),
         decoding: seconds(usage.decoding_seconds),
+        drafting: seconds(found.draft_seconds),
+        verifying: seconds(found.verify_seconds),
+        committing: seconds(found.commit_seconds),
+        speculation: usage.speculation.is_some().then(|| Speculation {
+            drafts: found.drafts as usize,
+            candidates: found.candidate_tokens as usize,
+            drafted: found.drafted_tokens as usize,
+            accepted: found.accepted_tokens as usize,
+            accepted_exactly: found.accepted_exactly.iter().map(|count| *count as usize).collect(),
+        }),
     }
 }
 
@@ -154,20 +181,16 @@ fn request(options: &GenerateOptions) -> proto::GenerateRequest {
             generate_request::Prompt::Chat(proto::Chat { messages: messages.iter().map(message).collect() })
         }
     };
-    let sampling = &options.sampling;
     proto::GenerateRequest {
         prompt: Some(prompt),
         template: options.template.iter().map(piece).collect(),
-        sampling: Some(proto::Sampling {
-            temperature: sampling.temperature,
-            top_p: sampling.top_p,
-            top_k: sampling.top_k,
-            min_p: sampling.min_p,
-            logit_bias: sampling.logit_bias.iter().copied().collect(),
-            seed: sampling.seed,
-            ..proto::Sampling::default()
+        sampling: Some(sampling_message(&options.sampling)),
+        method: options.method.map(|method| match method {
+            MethodKind::Diffusion => generate_request::Method::Diffusion(diffusion_message(&options.diffusion)),
+            MethodKind::Autoregressive => {
+                generate_request::Method::Autoregressive(autoregressive_message(&options.autoregressive))
+            }
         }),
-        method: Some(generate_request::Method::Diffusion(diffusion_message(&options.diffusion))),
         stopping: Some(proto::Stopping { max_new_tokens: options.max_new_tokens, stop: options.stops.clone() }),
         step_events: Some(options.steps),
         ..proto::GenerateRequest::default()

@@ -45,7 +45,7 @@ pub fn run(options: Options) -> Result<()> {
         if !options.address.ip().is_loopback() {
             warn!(address = %options.address, "listening beyond this machine, without encryption or accounts");
         }
-        let (model, network) = tokio::task::block_in_place(|| options.model.load())?;
+        let (model, network, drafters) = tokio::task::block_in_place(|| options.model.load())?;
         let placement = network.placement();
         info!(
             model = model.name,
@@ -57,7 +57,8 @@ pub fn run(options: Options) -> Result<()> {
             "loaded"
         );
         let limits = Limits { resident: options.max_resident, queued: options.queue };
-        let engine = Engine::start(network, model.tokenizer.clone(), limits).context("cannot start the engine's thread")?;
+        let engine =
+            Engine::start(network, drafters, model.tokenizer.clone(), limits).context("cannot start the engine's thread")?;
         let served = Served { info: Arc::new(model), engine: engine.clone(), limits };
         let settings = ServeOptions {
             request_time_max: Duration::from_secs(options.request_seconds),

@@ -15,15 +15,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
 use crate::checkpoint::tokenizer::Tokenizer;
+use crate::decode::autoregressive::{Autoregressive, DrafterKind, Speculation};
 use crate::decode::canvas::Canvas;
-use crate::decode::diffusion::{Diffusion, Parameters};
-use crate::decode::{FinishReason, Step};
+use crate::decode::diffusion::Diffusion;
+use crate::decode::{Decoder, FinishReason, Sampling, Step, autoregressive, diffusion};
+use crate::draft::Drafters;
 use crate::model::{ModelError, Transformer};
+use runner::Residence;
 use sequence::Sequence;
 
 /// Events that wait for a reader; a step makes at most three, so this is some twenty steps of slack.
@@ -40,11 +44,50 @@ pub struct Request {
     /// For the log.
     pub id: String,
     pub canvas: Canvas,
-    pub parameters: Parameters,
+    pub method: Method,
     pub stops: Vec<String>,
     /// Whether the reader wants [`Event::Step`].
     pub steps: bool,
     pub deadline: Option<Instant>,
+}
+
+/// How a request is decoded.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Method {
+    Diffusion(diffusion::Parameters),
+    Autoregressive(autoregressive::Parameters),
+}
+
+impl Method {
+    pub fn seed(&self) -> u64 {
+        match self {
+            Self::Diffusion(parameters) => parameters.seed,
+            Self::Autoregressive(parameters) => parameters.seed,
+        }
+    }
+
+    pub fn sampling(&self) -> &Sampling {
+        match self {
+            Self::Diffusion(parameters) => &parameters.sampling,
+            Self::Autoregressive(parameters) => &parameters.sampling,
+        }
+    }
+
+    /// Tokens that end the text.
+    pub fn ends(&self) -> &[u32] {
+        match self {
+            Self::Diffusion(parameters) => &parameters.end_of_text.ids,
+            Self::Autoregressive(parameters) => &parameters.ends,
+        }
+    }
+
+    /// Who drafts, if anyone.
+    pub fn drafts(&self) -> Option<autoregressive::Drafts> {
+        match self {
+            Self::Diffusion(_) => None,
+            Self::Autoregressive(parameters) => parameters.drafts,
+        }
+    }
 }
 
 /// What a reader is told.
@@ -61,11 +104,23 @@ pub enum Event {
     Committed {
         token_ids: Vec<u32>,
         text: String,
+        /// Of each token, where the request asks; fixed text has none.
+        logprobs: Vec<Option<Logprob>>,
     },
     Finished {
         reason: FinishReason,
         usage: Usage,
     },
+}
+
+/// How probable a committed token was, under the distribution before temperature, filters and penalties.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprob {
+    pub token: u32,
+    /// Natural logarithm.
+    pub logprob: f64,
+    /// The most probable tokens, best first.
+    pub alternatives: Vec<(u32, f64)>,
 }
 
 /// What a request has cost. Times count from the moment that the sequence became resident.
@@ -74,12 +129,45 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Tokens given out that the model chose: neither fixed text nor end-of-text nor what lies behind it.
     pub generated_tokens: usize,
-    /// Forward passes that denoised; a step with guidance takes two.
-    pub forwards_denoise: usize,
+    pub forwards: Forwards,
     pub steps: usize,
     pub queued: Duration,
     pub time_to_first_commit: Option<Duration>,
     pub decoding: Duration,
+    /// What drafting came to, where there was any.
+    pub speculation: Option<Speculation>,
+    /// Time in drafters, in forwards that verified their drafts, and in bringing the cache in line.
+    pub drafting: Duration,
+    pub verifying: Duration,
+    pub committing: Duration,
+}
+
+/// Sequences that a network saw, by purpose; guidance takes two a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Forwards {
+    pub prefill: usize,
+    pub denoise: usize,
+    /// One token from one token.
+    pub decode: usize,
+    pub verify: usize,
+    /// The drafter's own network.
+    pub draft: usize,
+}
+
+impl Forwards {
+    /// Sums over requests.
+    pub fn add(&mut self, other: &Self) {
+        self.prefill += other.prefill;
+        self.denoise += other.denoise;
+        self.decode += other.decode;
+        self.verify += other.verify;
+        self.draft += other.draft;
+    }
+
+    /// Of the model itself; a drafter's are much cheaper.
+    pub fn model(&self) -> usize {
+        self.prefill + self.denoise + self.decode + self.verify
+    }
 }
 
 /// Why a sequence ended without finishing.
@@ -151,12 +239,20 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the thread that owns `model`.
-    pub fn start(model: Transformer, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
+    /// Starts the thread that owns `model` and `drafters`.
+    pub fn start(model: Transformer, drafters: Drafters, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
         let (queue, jobs) = mpsc::channel(limits.queued.max(1));
         let state = Arc::new(State::default());
-        let worker =
-            Worker { model, tokenizer, jobs, state: state.clone(), waiting: VecDeque::new(), residents: Vec::new(), limits };
+        let worker = Worker {
+            model,
+            drafters,
+            tokenizer,
+            jobs,
+            state: state.clone(),
+            waiting: VecDeque::new(),
+            residents: Vec::new(),
+            limits,
+        };
         std::thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
         Ok(Self { queue, state, limits })
     }
@@ -212,6 +308,8 @@ impl Engine {
 struct Resident {
     id: String,
     sequence: Sequence,
+    residence: Residence,
+    drafter: Option<DrafterKind>,
     reply: Reply,
     steps: bool,
     deadline: Option<Instant>,
@@ -229,6 +327,7 @@ enum Turn {
 
 struct Worker {
     model: Transformer,
+    drafters: Drafters,
     tokenizer: Arc<Tokenizer>,
     jobs: mpsc::Receiver<Job>,
     state: Arc<State>,
@@ -248,6 +347,7 @@ impl Worker {
                 let turn = self.turn(resident);
                 stepped |= turn == Turn::Stepped;
                 if turn == Turn::Done {
+                    self.learn(resident);
                     self.state.end();
                 }
                 turn != Turn::Done
@@ -297,17 +397,30 @@ impl Worker {
     /// Gives a request its place, and its reader what there is before the first step.
     fn take(&mut self, job: Job) {
         let Job { request, reply, submitted } = job;
-        let Request { id, canvas, parameters, stops, steps, deadline } = request;
+        let Request { id, canvas, method, stops, steps, deadline } = request;
         let begun = guarded(|| {
-            let ends = parameters.end_of_text.ids.clone();
-            let decoder = Diffusion::new(parameters, canvas, self.model.config().attention);
-            let mut sequence = Sequence::new(Box::new(decoder), ends, stops, submitted.elapsed());
+            let (ends, drafts, logprobs) = (method.ends().to_vec(), method.drafts(), method.sampling().alternatives > 0);
+            let decoder: Box<dyn Decoder> = match method {
+                Method::Diffusion(parameters) => Box::new(Diffusion::new(parameters, canvas, self.model.config().attention)),
+                Method::Autoregressive(parameters) => {
+                    let adaptation = match drafts.filter(|drafts| drafts.adapt) {
+                        Some(drafts) => self.drafters.adaptation(drafts.drafter, &self.model)?,
+                        None => None,
+                    };
+                    Box::new(Autoregressive::new(parameters, canvas, adaptation))
+                }
+            };
+            let mut sequence = Sequence::new(decoder, ends, stops, submitted.elapsed());
+            if logprobs {
+                sequence = sequence.with_logprobs();
+            }
+            let residence = Residence::new(&self.model, &sequence)?;
             let events = sequence.begin(&self.tokenizer).map_err(StepError::Text)?;
-            Ok((sequence, events))
+            Ok((sequence, residence, drafts.map(|drafts| drafts.drafter), events))
         });
         match begun {
-            Ok((sequence, events)) => {
-                let resident = Resident { id, sequence, reply, steps, deadline };
+            Ok((sequence, residence, drafter, events)) => {
+                let resident = Resident { id, sequence, residence, drafter, reply, steps, deadline };
                 send(&resident, events.into_iter().map(Ok));
                 if resident.sequence.finish_reason().is_none() {
                     self.residents.push(resident);
@@ -348,9 +461,15 @@ impl Worker {
     }
 
     fn step(&self, resident: &mut Resident) -> Result<Vec<Event>, StepError> {
-        let Some(window) = resident.sequence.window() else { return Ok(vec![]) };
-        let outcome = runner::run(&self.model, &window)?;
-        resident.sequence.advance(&outcome.rows, outcome.forwards, &self.tokenizer).map_err(StepError::Text)
+        let Resident { sequence, residence, .. } = resident;
+        runner::step(&self.model, &self.drafters, sequence, residence, &self.tokenizer)
+    }
+
+    /// What a sequence saw of its drafter is where the next one begins.
+    fn learn(&mut self, resident: &Resident) {
+        if let (Some(kind), Some(seen)) = (resident.drafter, resident.sequence.decoder().adaptation()) {
+            self.drafters.learn(kind, seen);
+        }
     }
 }
 
@@ -367,7 +486,7 @@ fn ended(state: &State, reply: &Reply, deadline: Option<Instant>) -> Option<Fail
 
 /// What can go wrong in a sequence; the log has it, the client only the request's id.
 #[derive(Debug, Error)]
-enum StepError {
+pub enum StepError {
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error("tokens could not be turned into text: {0}")]

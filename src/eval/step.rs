@@ -89,9 +89,9 @@ fn round(model: &Transformer, tokenizer: &Tokenizer, options: &Options, prompt: 
     let (mut forward, mut head, mut statistics, mut event) = (Duration::ZERO, Duration::ZERO, Duration::ZERO, Duration::ZERO);
     for sequence in &mut sequences {
         let Some(window) = sequence.window() else { continue };
-        let outcome = runner::run(model, &window)?;
+        let outcome = runner::run(model, &window, &runner::Residence::default())?;
         let advancing = Instant::now();
-        std::hint::black_box(sequence.advance(&outcome.rows, outcome.forwards, tokenizer).map_err(anyhow::Error::msg)?);
+        std::hint::black_box(sequence.advance(&outcome, window.purpose, tokenizer).map_err(anyhow::Error::msg)?);
         event += advancing.elapsed();
         forward += outcome.timing.forward;
         head += outcome.timing.head;

@@ -11,8 +11,11 @@ use serde::Serialize;
 
 use super::nano::{self, Split};
 use super::sandbox::{self, Limits};
-use crate::engine::request::{DiffusionOptions, GenerateOptions, ModelInfo, Prompt, SamplingOptions, validate};
-use crate::engine::{Engine, Event, Usage};
+use crate::draft::Drafters;
+use crate::engine::request::{
+    AutoregressiveOptions, DiffusionOptions, GenerateOptions, MethodKind, ModelInfo, Prompt, SamplingOptions, validate,
+};
+use crate::engine::{Engine, Event, Forwards, Usage};
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -21,7 +24,9 @@ pub struct Options {
     /// Seeds the choice of tasks.
     pub seed: u64,
     pub max_new_tokens: Option<u64>,
+    pub method: Option<MethodKind>,
     pub diffusion: DiffusionOptions,
+    pub autoregressive: AutoregressiveOptions,
     pub sampling: SamplingOptions,
 }
 
@@ -45,23 +50,13 @@ pub struct Report {
     pub pass_at_1: f64,
     pub generated_tokens: usize,
     pub forwards: Forwards,
-    /// Generated tokens over forwards of any kind.
+    /// Generated tokens over forwards of any kind but the drafter's own.
     pub tokens_per_forward: f64,
     pub decoding_seconds: f64,
     /// Generated tokens over time spent decoding, one request at a time.
     pub tokens_per_second: f64,
     /// What of the sandbox does not hold on this machine.
     pub sandbox_gaps: Vec<String>,
-}
-
-/// Forward passes by kind. Kinds that a method does not use stay 0.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Forwards {
-    pub prefill: usize,
-    pub denoise: usize,
-    pub cache_store: usize,
-    pub verify: usize,
-    pub draft: usize,
 }
 
 /// Runs the suite; `done` is called after each task.
@@ -86,7 +81,7 @@ pub fn run(model: &ModelInfo, engine: &Engine, options: &Options, done: &mut dyn
         let passed = sandbox::passes(&task, &text, &limits).context("generated code could not be run")?;
         report.passed += usize::from(passed);
         report.generated_tokens += usage.generated_tokens;
-        report.forwards.denoise += usage.forwards_denoise;
+        report.forwards.add(&usage.forwards);
         report.decoding_seconds += usage.decoding.as_secs_f64();
         done(&Outcome {
             composition: task.composition,
@@ -94,11 +89,11 @@ pub fn run(model: &ModelInfo, engine: &Engine, options: &Options, done: &mut dyn
             text,
             passed,
             generated_tokens: usage.generated_tokens,
-            forwards: usage.forwards_denoise,
+            forwards: usage.forwards.model(),
         });
     }
     report.pass_at_1 = report.passed as f64 / options.tasks.max(1) as f64;
-    report.tokens_per_forward = report.generated_tokens as f64 / report.forwards.denoise.max(1) as f64;
+    report.tokens_per_forward = report.generated_tokens as f64 / report.forwards.model().max(1) as f64;
     report.tokens_per_second = report.generated_tokens as f64 / report.decoding_seconds.max(1e-9);
     Ok(report)
 }
@@ -111,7 +106,9 @@ fn generate(model: &ModelInfo, engine: &Engine, options: &Options, prompt: &str)
             prompt: Prompt::Text(prompt.into()),
             template: vec![],
             max_new_tokens: options.max_new_tokens,
+            method: options.method,
             diffusion: options.diffusion.clone(),
+            autoregressive: options.autoregressive.clone(),
             sampling: options.sampling.clone(),
             stops: vec![],
             steps: false,
@@ -131,7 +128,7 @@ fn generate(model: &ModelInfo, engine: &Engine, options: &Options, prompt: &str)
 }
 
 /// Starts an engine for one request at a time, as evaluation wants it.
-pub fn engine(model: &ModelInfo, network: crate::model::Transformer) -> Result<Engine> {
+pub fn engine(model: &ModelInfo, network: crate::model::Transformer, drafters: Drafters) -> Result<Engine> {
     let limits = crate::engine::Limits { resident: 1, queued: 1 };
-    Engine::start(network, Arc::clone(&model.tokenizer), limits).context("cannot start the engine's thread")
+    Engine::start(network, drafters, Arc::clone(&model.tokenizer), limits).context("cannot start the engine's thread")
 }

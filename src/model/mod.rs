@@ -1,10 +1,12 @@
 //! The transformer: one stack for every dense family, whose differences are data ([`family::Family`]).
 //!
-//! [`Transformer::hidden`] runs token ids to final hidden states, [`Transformer::logits`] turns chosen rows of them into logits;
-//! the split is what lets decoding pay the vocabulary head for wanted rows only. Weights come from any [`Source`] (a
+//! [`Transformer::hidden`] runs whole sequences to final hidden states, [`Transformer::extend`] runs new tokens over what a
+//! [`KvCache`] holds of their sequence, [`Transformer::logits`] turns chosen rows of either into logits; the split is what lets
+//! decoding pay the vocabulary head for wanted rows only. Weights come from any [`Source`] (a
 //! checkpoint, random numbers, a trainer's parameters), and autograd flows through, so training and serving run the same code.
 //! The stack knows nothing of sampling, canvases or requests.
 
+pub mod cache;
 pub mod family;
 pub mod rotary;
 pub mod statistics;
@@ -13,6 +15,7 @@ use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
 use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor};
+use cache::KvCache;
 use family::Attention;
 use rotary::{Rotary, rotate};
 
@@ -21,6 +24,8 @@ use rotary::{Rotary, rotate};
 pub enum ModelError {
     #[error("{length} tokens exceed the model's context of {limit}")]
     TooLong { length: usize, limit: usize },
+    #[error("{needed} positions exceed the cache's room for {capacity}")]
+    CacheFull { needed: usize, capacity: usize },
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     TokenOutOfRange { id: i64, vocab_size: usize },
     #[error("the model produced logits that are not finite")]
@@ -114,6 +119,48 @@ struct Layer {
     down: Linear,
 }
 
+/// How the tokens of [`Transformer::extend`] stand to one another.
+#[derive(Clone, Copy, Debug)]
+pub enum Layout<'a> {
+    /// Each follows the one before it.
+    Causal,
+    /// Each follows its parent (an index before its own; the first token is the root). It sees its ancestors and itself.
+    Tree(&'a [usize]),
+    /// Causal for so many tokens, with filling behind them: a forward whose every shape, its view of the cache included, is the
+    /// same for one token as for several, so that the rows agree to the bit.
+    Canonical(usize),
+}
+
+enum Mask {
+    None,
+    Causal,
+    Given(Tensor),
+}
+
+/// Where a layer's keys go, and how many positions its queries look at.
+struct Slot<'a> {
+    cache: &'a KvCache,
+    layer: usize,
+    visible: usize,
+}
+
+/// Depth of every node, and which nodes are its ancestors or itself.
+fn tree(parents: &[usize], length: usize) -> Result<(Vec<usize>, Vec<Vec<bool>>), ModelError> {
+    let ordered = parents.len() == length && parents.iter().enumerate().skip(1).all(|(node, parent)| *parent < node);
+    if !ordered {
+        return Err(ModelError::Torch("a tree's parents must stand before their children, one for each token".into()));
+    }
+    let (mut depths, mut ancestors) = (vec![0; length], vec![vec![false; length]; length]);
+    for node in 0..length {
+        if node > 0 {
+            depths[node] = depths[parents[node]] + 1;
+            ancestors[node] = ancestors[parents[node]].clone();
+        }
+        ancestors[node][node] = true;
+    }
+    Ok((depths, ancestors))
+}
+
 /// A loaded network.
 pub struct Transformer {
     config: ModelConfig,
@@ -173,13 +220,67 @@ impl Transformer {
 
     /// Final hidden states (after the last norm) of `tokens: [batch, seq]` (i64): `[batch, seq, hidden]`.
     pub fn hidden(&self, tokens: &Tensor, attention: Attention) -> Result<Tensor, ModelError> {
-        let (batch, length) = tokens.size2()?;
-        let dtype = self.placement.dtype.kind();
-        let angles = self.rotary.window(0, length as usize, dtype)?;
+        let (_, length) = tokens.size2()?;
+        let mask = if attention == Attention::Causal { Mask::Causal } else { Mask::None };
+        let angles = self.rotary.window(0, length as usize, self.placement.dtype.kind())?;
+        self.stack(tokens, &angles, &mask, None)
+    }
+
+    /// Final hidden states of `tokens: [batch, seq]` that follow what `cache` keeps: `[batch, seq, hidden]`. Every token sees all
+    /// that is kept, and of the tokens beside it what `layout` says. Their keys are written; [`KvCache::keep`] then says which stay.
+    pub fn extend(&self, tokens: &Tensor, layout: Layout, cache: &KvCache) -> Result<Tensor, ModelError> {
+        let (_, length) = tokens.size2()?;
+        let (length, past, kind) = (length as usize, cache.len(), self.placement.dtype.kind());
+        if past + length > cache.capacity() {
+            return Err(ModelError::CacheFull { needed: past + length, capacity: cache.capacity() });
+        }
+        let (angles, mask, visible) = match layout {
+            Layout::Causal if length == 1 => (self.rotary.window(past, 1, kind)?, Mask::None, past + 1),
+            Layout::Causal if past == 0 && self.config.heads == self.config.kv_heads => {
+                (self.rotary.window(0, length, kind)?, Mask::Causal, length)
+            }
+            Layout::Causal => {
+                let mask = self.mask(length, past + length, |row, column| column <= past + row)?;
+                (self.rotary.window(past, length, kind)?, mask, past + length)
+            }
+            Layout::Tree(parents) => {
+                let (depths, ancestors) = tree(parents, length)?;
+                let positions: Vec<usize> = depths.iter().map(|depth| past + depth).collect();
+                let seen = |row: usize, column: usize| column < past || ancestors[row][column - past];
+                (self.rotary.at(&positions, kind)?, self.mask(length, past + length, seen)?, past + length)
+            }
+            Layout::Canonical(used) => {
+                // Rows behind `used` are filling: they see the first position only, and nobody sees them.
+                let seen = |row: usize, column: usize| column <= if row < used { past + row } else { 0 };
+                let last = self.rotary.positions().saturating_sub(1);
+                let positions: Vec<usize> = (0..length).map(|row| (past + row).min(last)).collect();
+                (self.rotary.at(&positions, kind)?, self.mask(length, cache.capacity(), seen)?, cache.capacity())
+            }
+        };
+        self.stack(tokens, &angles, &mask, Some((cache, visible)))
+    }
+
+    /// `[groups · rows, columns]`, true where a row sees a column; once for each query head that shares a key head.
+    fn mask(&self, rows: usize, columns: usize, sees: impl Fn(usize, usize) -> bool) -> Result<Mask, ModelError> {
+        let groups = self.config.heads / self.config.kv_heads;
+        let bits: Vec<bool> =
+            (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))).map(|(r, c)| sees(r, c)).collect();
+        let mask = Tensor::f_from_slice(&bits)?.f_view([rows as i64, columns as i64])?.f_to_device(self.placement.device)?;
+        Ok(Mask::Given(if groups == 1 { mask } else { mask.f_repeat([groups as i64, 1])? }))
+    }
+
+    fn stack(
+        &self,
+        tokens: &Tensor,
+        angles: &(Tensor, Tensor),
+        mask: &Mask,
+        cache: Option<(&KvCache, usize)>,
+    ) -> Result<Tensor, ModelError> {
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
-        for layer in &self.layers {
+        for (index, layer) in self.layers.iter().enumerate() {
             let normed = self.rms_norm(&x, &layer.attention_norm)?;
-            x = x.f_add(&self.attend(layer, &normed, &angles, attention, batch, length)?)?;
+            let cache = cache.map(|(cache, visible)| Slot { cache, layer: index, visible });
+            x = x.f_add(&self.attend(layer, &normed, angles, mask, cache)?)?;
             let normed = self.rms_norm(&x, &layer.mlp_norm)?;
             x = x.f_add(&self.mlp(layer, &normed)?)?;
         }
@@ -192,17 +293,22 @@ impl Transformer {
         Ok(hidden.f_to_kind(head.f_kind()?)?.f_linear(head, None::<&Tensor>)?)
     }
 
+    /// The embedding table, `[vocab, hidden]`: draft heads share it.
+    pub fn embedding(&self) -> &Tensor {
+        &self.embedding
+    }
+
     fn attend(
         &self,
         layer: &Layer,
         x: &Tensor,
         angles: &(Tensor, Tensor),
-        attention: Attention,
-        batch: i64,
-        length: i64,
+        mask: &Mask,
+        cache: Option<Slot>,
     ) -> Result<Tensor, ModelError> {
         let c = &self.config;
         let (heads, kv_heads, head_dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
+        let (batch, length, _) = x.size3()?;
         let qkv = layer.qkv.forward(x)?.f_view([batch, length, heads + 2 * kv_heads, head_dim])?;
         let value = qkv.f_narrow(2, heads + kv_heads, kv_heads)?;
         // Queries and keys turn together: one rotation instead of two.
@@ -217,12 +323,25 @@ impl Transformer {
             )?;
         }
         let query_key = rotate(&query_key, angles)?;
-        let query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
-        let key = self.repeat_heads(query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?)?;
-        let value = self.repeat_heads(value.f_transpose(1, 2)?)?;
-        let causal = attention == Attention::Causal;
-        let mixed =
-            Tensor::f_scaled_dot_product_attention(&query, &key, &value, None::<&Tensor>, 0.0, causal, None::<f64>, false)?;
+        let mut query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
+        let key = query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?;
+        let value = value.f_transpose(1, 2)?;
+        let (key, value) = match &cache {
+            // Copying all cached keys for every query head that shares them would cost more than the attention itself: the heads
+            // of a group become further rows of the one key head.
+            Some(slot) => {
+                query = query.f_reshape([batch, kv_heads, heads / kv_heads * length, head_dim])?;
+                slot.cache.write(slot.layer, &key, &value, slot.visible)?
+            }
+            None => (self.repeat_heads(key)?, self.repeat_heads(value)?),
+        };
+        let (given, causal) = match mask {
+            Mask::Given(mask) => (Some(mask), false),
+            Mask::Causal => (None, true),
+            Mask::None => (None, false),
+        };
+        let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, given, 0.0, causal, None::<f64>, false)?;
+        let mixed = if cache.is_some() { mixed.f_view([batch, heads, length, head_dim])? } else { mixed };
         layer.output.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, heads * head_dim])?)
     }
 

@@ -39,6 +39,17 @@ impl Rotary {
         let cut = |table: &Tensor| table.f_narrow(0, start as i64, length as i64)?.f_unsqueeze(1)?.f_to_kind(kind);
         Ok((cut(&self.cos)?, cut(&self.sin)?))
     }
+
+    /// Likewise of these positions.
+    pub fn at(&self, positions: &[usize], kind: Kind) -> Result<(Tensor, Tensor), ModelError> {
+        if let Some(last) = positions.iter().max().filter(|last| **last >= self.positions()) {
+            return Err(ModelError::TooLong { length: last + 1, limit: self.positions() });
+        }
+        let index: Vec<i64> = positions.iter().map(|position| *position as i64).collect();
+        let index = Tensor::f_from_slice(&index)?.f_to_device(self.cos.device())?;
+        let pick = |table: &Tensor| table.f_index_select(0, &index)?.f_unsqueeze(1)?.f_to_kind(kind);
+        Ok((pick(&self.cos)?, pick(&self.sin)?))
+    }
 }
 
 /// Rotates `x: [batch, seq, heads, head_dim]` by tables of `[seq, 1, head_dim]`.

@@ -5,24 +5,45 @@
 //! 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
 
 use super::ModelError;
-use crate::decode::{RowStatistics, Sampling};
+use crate::decode::{Noise, Penalties, RowStatistics, Sampling};
 use crate::tensor::{Kind, Tensor, seeded};
 
 /// Logits worked on at a time: two rows of the largest vocabularies (one for each thread of a small machine), 1.25 MiB in f32,
 /// about what second-level caches hold. One row at a time took twice as long, chunks of 4 MiB 1.2 times (docs/LOG.md).
 const CHUNK: i64 = 320 * 1024;
 
-/// Statistics of `logits: [rows, vocab]`, in order. `noise_seed` seeds the Gumbel noise where a temperature asks for it.
-pub fn statistics(logits: &Tensor, sampling: &Sampling, noise_seed: u64) -> Result<Vec<RowStatistics>, ModelError> {
+/// Draws that a drafter made and the network verifies: row `i` of the logits judges token `i`.
+pub struct Proposal {
+    pub tokens: Vec<u32>,
+    /// What each was drawn from, `[tokens, vocab]`, f32.
+    pub probabilities: Tensor,
+    /// One number from 0 to 1 for each, independent of everything else: whether it is accepted.
+    pub uniforms: Vec<f64>,
+}
+
+/// What a row depends on besides its logits.
+pub struct Conditions<'a> {
+    pub sampling: &'a Sampling,
+    pub noise: &'a Noise,
+    /// As in [`crate::decode::Window::histories`].
+    pub histories: &'a [Vec<(u32, u32, u32)>],
+    pub proposal: Option<&'a Proposal>,
+}
+
+/// Statistics of `logits: [rows, vocab]`, in order.
+pub fn statistics(logits: &Tensor, conditions: &Conditions) -> Result<Vec<RowStatistics>, ModelError> {
     let (rows, vocab) = logits.size2()?;
     let mut found = Vec::with_capacity(rows as usize);
     // Held until the last draw.
-    let _generator = (sampling.temperature > 0.0).then(|| seeded(noise_seed));
+    let _generator = match conditions.noise {
+        Noise::Seed(seed) if conditions.sampling.temperature > 0.0 => Some(seeded(*seed)),
+        _ => None,
+    };
     let chunk = (CHUNK / vocab).clamp(1, rows.max(1));
     let mut start = 0;
     while start < rows {
         let length = chunk.min(rows - start);
-        chunk_statistics(&logits.f_narrow(0, start, length)?, sampling, &mut found)?;
+        chunk_statistics(&logits.f_narrow(0, start, length)?, start as usize, conditions, &mut found)?;
         start += length;
     }
     if found.iter().any(|row| !row.confidence.is_finite()) {
@@ -31,7 +52,14 @@ pub fn statistics(logits: &Tensor, sampling: &Sampling, noise_seed: u64) -> Resu
     Ok(found)
 }
 
-fn chunk_statistics(logits: &Tensor, sampling: &Sampling, found: &mut Vec<RowStatistics>) -> Result<(), ModelError> {
+/// `first` is the place of the chunk's first row among all rows.
+fn chunk_statistics(
+    logits: &Tensor,
+    first: usize,
+    conditions: &Conditions,
+    found: &mut Vec<RowStatistics>,
+) -> Result<(), ModelError> {
+    let sampling = conditions.sampling;
     let mut plain = logits.f_to_kind(Kind::Float)?;
     if !sampling.logit_bias.is_empty() || !sampling.forbidden.is_empty() {
         // The conversion above copies only where the type changes; what follows writes.
@@ -45,15 +73,24 @@ fn chunk_statistics(logits: &Tensor, sampling: &Sampling, found: &mut Vec<RowSta
         }
         forbid(&mut plain, &sampling.forbidden)?;
     }
-    // Filters and temperature make the distribution that is drawn from; LLaDA takes confidence from the plain one all the same.
-    let drawn = filtered(&plain, sampling)?;
-    let drawn = drawn.as_ref().unwrap_or(&plain);
-    let token = if sampling.temperature > 0.0 {
-        // argmax(logits / T + Gumbel), with the noise as −ln of an exponential, in f64 (arXiv 2409.02908).
-        let noise = drawn.f_to_kind(Kind::Double)?.f_empty_like()?.f_exponential(1.0)?.f_log()?;
-        drawn.f_to_kind(Kind::Double)?.f_sub(&noise)?.f_argmax(-1, true)?
-    } else {
-        drawn.f_argmax(-1, true)?
+    // Penalties, filters and temperature make the distribution that is drawn from; LLaDA takes confidence from the plain one all
+    // the same.
+    let rows = plain.size()[0] as usize;
+    let penalised = match conditions.histories.get(first..first + rows) {
+        Some(histories) if sampling.penalties.any() => Some(penalise(&plain, histories, &sampling.penalties)?),
+        _ => None,
+    };
+    let base = penalised.as_ref().unwrap_or(&plain);
+    let drawn = filtered(base, sampling)?;
+    let drawn = drawn.as_ref().unwrap_or(base);
+    let token = match conditions.noise {
+        _ if sampling.temperature == 0.0 => drawn.f_argmax(-1, true)?,
+        Noise::Seed(_) => {
+            // argmax(logits / T + Gumbel), with the noise as −ln of an exponential, in f64 (arXiv 2409.02908).
+            let noise = drawn.f_to_kind(Kind::Double)?.f_empty_like()?.f_exponential(1.0)?.f_log()?;
+            drawn.f_to_kind(Kind::Double)?.f_sub(&noise)?.f_argmax(-1, true)?
+        }
+        Noise::Uniforms(uniforms) => draw(drawn, &uniforms[first..first + rows], first, conditions.proposal)?,
     };
     let mut judged = if sampling.filtered_confidence { drawn.shallow_clone() } else { plain.shallow_clone() };
     if !sampling.unconfident.is_empty() {
@@ -76,16 +113,86 @@ fn chunk_statistics(logits: &Tensor, sampling: &Sampling, found: &mut Vec<RowSta
         let weighted = weights.f_mul(&shifted.f_clamp_min(-1e4)?)?.f_sum_dim_intlist(-1, true, Kind::Double)?;
         columns.push(total.f_log()?.f_sub(&weighted.f_div(&total)?)?);
     }
+    let numbers = columns.len();
+    let alternatives = i64::from(sampling.alternatives).min(shifted.size()[1]) as usize;
+    if alternatives > 0 {
+        let (top, ids) = shifted.f_topk(alternatives as i64, -1, true, true)?;
+        columns.push(ids.f_to_kind(Kind::Double)?);
+        columns.push(top.f_to_kind(Kind::Double)?.f_sub(&total.f_log()?)?);
+    }
     let table = Tensor::f_cat(&columns, 1)?.f_to_device(tch::Device::Cpu)?.f_contiguous()?;
-    let width = columns.len();
     let values: Vec<f64> = Vec::try_from(&table.f_view(-1)?)?;
-    found.extend(values.chunks(width).map(|row| RowStatistics {
-        token: row[0] as u32,
-        confidence: row[1],
-        margin: if sampling.margin { row[2] } else { 0.0 },
-        entropy: if sampling.entropy { row[width - 1] } else { 0.0 },
+    found.extend(values.chunks(numbers + 2 * alternatives).map(|row| {
+        let (ids, logarithms) = row[numbers..].split_at(alternatives);
+        RowStatistics {
+            token: row[0] as u32,
+            confidence: row[1],
+            margin: if sampling.margin { row[2] } else { 0.0 },
+            entropy: if sampling.entropy { row[numbers - 1] } else { 0.0 },
+            alternatives: ids.iter().zip(logarithms).map(|(id, logarithm)| (*id as u32, *logarithm)).collect(),
+        }
     }));
     Ok(())
+}
+
+/// One token for each row of `logits: [rows, vocab]`, `[rows, 1]`: where a row's number falls in its cumulated distribution.
+///
+/// Rows that judge a drawn token `x` first apply the ratio test (Leviathan et al., arXiv 2211.17192): it is accepted with
+/// probability min(1, p(x) / q(x)); else the row's number picks from relu(p − q). The result is distributed as p either way.
+fn draw(logits: &Tensor, uniforms: &[f64], first: usize, proposal: Option<&Proposal>) -> Result<Tensor, ModelError> {
+    let device = logits.device();
+    let column = |numbers: &[f64]| -> Result<Tensor, ModelError> {
+        Ok(Tensor::f_from_slice(numbers)?.f_view([-1, 1])?.f_to_device(device)?)
+    };
+    let mut weights = logits.f_softmax(-1, Kind::Double)?;
+    let judged = proposal.map_or(0, |proposal| proposal.tokens.len().saturating_sub(first).min(uniforms.len()));
+    let mut accepted = None;
+    if let (Some(proposal), true) = (proposal, judged > 0) {
+        let q = proposal.probabilities.f_narrow(0, first as i64, judged as i64)?.f_to_kind(Kind::Double)?;
+        let p = weights.f_narrow(0, 0, judged as i64)?;
+        let tokens: Vec<i64> = proposal.tokens[first..first + judged].iter().map(|id| i64::from(*id)).collect();
+        let tokens = Tensor::f_from_slice(&tokens)?.f_view([-1, 1])?.f_to_device(device)?;
+        let coins = column(&proposal.uniforms[first..first + judged])?;
+        let right = coins.f_mul(&q.f_gather(1, &tokens, false)?)?.f_lt_tensor(&p.f_gather(1, &tokens, false)?)?;
+        let residual = p.f_sub(&q)?.f_clamp_min(0.0)?;
+        // p = q to the last bit leaves nothing; then every draw is accepted, and what is picked here does not matter.
+        let empty = residual.f_sum_dim_intlist(-1, true, Kind::Double)?.f_eq(0.0)?;
+        let residual = residual.f_where_self(&empty.f_logical_not()?, &p)?;
+        let rest = weights.f_narrow(0, judged as i64, uniforms.len() as i64 - judged as i64)?;
+        weights = Tensor::f_cat(&[residual, rest], 0)?;
+        accepted = Some((tokens, right));
+    }
+    let cumulated = weights.f_cumsum(-1, Kind::Double)?;
+    let total = cumulated.f_narrow(1, cumulated.size()[1] - 1, 1)?;
+    // Below the total, so that rounding cannot reach past the last token that has any weight.
+    let places = column(uniforms)?.f_mul(&total)?.f_minimum(&total.f_mul_scalar(1.0 - 1e-12)?)?;
+    let picked = Tensor::f_searchsorted(&cumulated, &places, false, true, "right", None::<&Tensor>)?;
+    let Some((tokens, right)) = accepted else { return Ok(picked) };
+    let head = tokens.f_where_self(&right, &picked.f_narrow(0, 0, judged as i64)?)?;
+    Ok(Tensor::f_cat(&[head, picked.f_narrow(0, judged as i64, uniforms.len() as i64 - judged as i64)?], 0)?)
+}
+
+/// `logits` with each row's history held against it. Only the tokens of the histories are touched.
+fn penalise(logits: &Tensor, histories: &[Vec<(u32, u32, u32)>], penalties: &Penalties) -> Result<Tensor, ModelError> {
+    let vocab = logits.size()[1];
+    let (mut places, mut taken) = (Vec::new(), Vec::new());
+    for (row, history) in histories.iter().enumerate() {
+        for (token, _, text) in history {
+            places.push(row as i64 * vocab + i64::from(*token));
+            let presence = if *text > 0 { penalties.presence } else { 0.0 };
+            taken.push((presence + penalties.frequency * f64::from(*text)) as f32);
+        }
+    }
+    if places.is_empty() {
+        return Ok(logits.shallow_clone());
+    }
+    let index = Tensor::f_from_slice(&places)?.f_to_device(logits.device())?;
+    let taken = Tensor::f_from_slice(&taken)?.f_to_device(logits.device())?;
+    let flat = logits.f_detach_copy()?.f_view(-1)?;
+    let old = flat.f_index_select(0, &index)?;
+    let scaled =
+        old.f_div_scalar(penalties.repetition)?.f_where_self(&old.f_gt(0.0)?, &old.f_mul_scalar(penalties.repetition)?)?;
+    Ok(flat.f_index_copy(0, &index, &scaled.f_sub(&taken)?)?.f_view_as(logits)?)
 }
 
 fn forbid(logits: &mut Tensor, ids: &[u32]) -> Result<(), ModelError> {
@@ -136,8 +243,13 @@ mod tests {
         Tensor::from_slice(&flat).view([rows.len() as i64, -1])
     }
 
+    fn seeded(logits: &Tensor, sampling: &Sampling, seed: u64) -> Result<Vec<RowStatistics>, ModelError> {
+        let noise = Noise::Seed(seed);
+        super::statistics(logits, &Conditions { sampling, noise: &noise, histories: &[], proposal: None })
+    }
+
     fn one(row: &[f32], sampling: &Sampling) -> RowStatistics {
-        statistics(&logits(&[row]), sampling, 1).unwrap()[0]
+        seeded(&logits(&[row]), sampling, 1).unwrap()[0].clone()
     }
 
     fn close(a: f64, b: f64) -> bool {
@@ -158,7 +270,7 @@ mod tests {
     #[test]
     fn near_certain_confidences_keep_their_order() {
         // 1 − 10⁻⁸ and 1 − 10⁻⁹: equal in f32.
-        let rows = statistics(&logits(&[&[18.4, 0.0], &[20.7, 0.0]]), &Sampling::default(), 0).unwrap();
+        let rows = seeded(&logits(&[&[18.4, 0.0], &[20.7, 0.0]]), &Sampling::default(), 0).unwrap();
         assert!(rows[0].confidence < rows[1].confidence, "{rows:?}");
     }
 
@@ -174,7 +286,7 @@ mod tests {
     fn the_logits_given_are_not_written_to() {
         let given = logits(&[&[5.0, 1.0, 1.0]]);
         let sampling = Sampling { forbidden: vec![0], logit_bias: vec![(2, 3.0)], ..Sampling::default() };
-        assert_eq!(statistics(&given, &sampling, 0).unwrap()[0].token, 2);
+        assert_eq!(seeded(&given, &sampling, 0).unwrap()[0].token, 2);
         assert_eq!(Vec::<f32>::try_from(given.view(-1)).unwrap(), [5.0, 1.0, 1.0]);
     }
 
@@ -195,7 +307,7 @@ mod tests {
             let many = Tensor::from_slice(&row).unsqueeze(0).expand([draws, 4], false).contiguous();
             let mut counts = [0f64; 4];
             for seed in 0..4 {
-                for row in statistics(&many, &sampling, seed).unwrap() {
+                for row in seeded(&many, &sampling, seed).unwrap() {
                     counts[row.token as usize] += 1.0;
                 }
             }
@@ -216,15 +328,15 @@ mod tests {
     fn noise_is_a_function_of_its_seed() {
         let logits = Tensor::zeros([8, 50], (Kind::Float, Device::Cpu));
         let sampling = Sampling { temperature: 1.0, ..Sampling::default() };
-        let tokens = |seed| statistics(&logits, &sampling, seed).unwrap().iter().map(|row| row.token).collect::<Vec<_>>();
+        let tokens = |seed| seeded(&logits, &sampling, seed).unwrap().iter().map(|row| row.token).collect::<Vec<_>>();
         assert_eq!(tokens(1), tokens(1));
         assert_ne!(tokens(1), tokens(2));
     }
 
     #[test]
     fn logits_that_are_not_finite_are_an_error() {
-        assert!(matches!(statistics(&logits(&[&[f32::NAN, 1.0]]), &Sampling::default(), 0), Err(ModelError::NotFinite)));
+        assert!(matches!(seeded(&logits(&[&[f32::NAN, 1.0]]), &Sampling::default(), 0), Err(ModelError::NotFinite)));
         let all = Sampling { forbidden: vec![0, 1], ..Sampling::default() };
-        assert!(matches!(statistics(&logits(&[&[1.0, 1.0]]), &all, 0), Err(ModelError::NotFinite)));
+        assert!(matches!(seeded(&logits(&[&[1.0, 1.0]]), &all, 0), Err(ModelError::NotFinite)));
     }
 }

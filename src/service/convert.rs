@@ -10,8 +10,12 @@ use tonic::Status;
 use super::proto::{self, GenerateRequest, generate_request, template_piece};
 use super::status::bad_field;
 use crate::checkpoint::chat::Message;
+use crate::decode::autoregressive::DrafterKind;
 use crate::decode::diffusion::select::Order;
-use crate::engine::request::{DiffusionOptions, GenerateOptions, ModelInfo, Prompt, SamplingOptions, Schedule, TemplatePiece};
+use crate::engine::request::{
+    AutoregressiveOptions, DiffusionOptions, DrafterChoice, GenerateOptions, MethodKind, ModelInfo, Prompt, SamplingOptions,
+    Schedule, TemplatePiece,
+};
 
 const REQUEST_ID_MAX: usize = 128;
 
@@ -51,17 +55,27 @@ pub fn options(model: &ModelInfo, request: GenerateRequest, id: String, deadline
         }
         template = vec![TemplatePiece::Hole(hole), TemplatePiece::Text(suffix)];
     }
-    let diffusion = match request.method {
-        Some(generate_request::Method::Diffusion(diffusion)) => self::diffusion(diffusion)?,
-        None => DiffusionOptions::default(),
+    let (mut diffusion, mut autoregressive) = (DiffusionOptions::default(), AutoregressiveOptions::default());
+    let method = match request.method {
+        Some(generate_request::Method::Diffusion(asked)) => {
+            diffusion = self::diffusion(asked)?;
+            Some(MethodKind::Diffusion)
+        }
+        Some(generate_request::Method::Autoregressive(asked)) => {
+            autoregressive = self::autoregressive(asked)?;
+            Some(MethodKind::Autoregressive)
+        }
+        None => None,
     };
     Ok(GenerateOptions {
         id,
         prompt,
         template,
         max_new_tokens,
+        method,
         diffusion,
-        sampling: sampling(request.sampling.unwrap_or_default())?,
+        autoregressive,
+        sampling: sampling(request.sampling.unwrap_or_default()),
         stops: stopping.stop,
         steps: request.step_events.unwrap_or(true),
         deadline: Some(deadline),
@@ -72,10 +86,12 @@ pub fn options(model: &ModelInfo, request: GenerateRequest, id: String, deadline
 pub fn warm_up(deadline: Instant) -> GenerateOptions {
     GenerateOptions {
         id: "warm-up".into(),
-        prompt: Prompt::Tokens(vec![]),
+        prompt: Prompt::Tokens(vec![0]),
         template: vec![],
         max_new_tokens: Some(1),
+        method: None,
         diffusion: DiffusionOptions::default(),
+        autoregressive: AutoregressiveOptions::default(),
         sampling: SamplingOptions { seed: Some(0), ..SamplingOptions::default() },
         stops: vec![],
         steps: false,
@@ -84,12 +100,17 @@ pub fn warm_up(deadline: Instant) -> GenerateOptions {
 }
 
 /// Where a field that the engine names stands in the request.
-pub fn path(field: &'static str, suffix: bool) -> String {
+pub fn path(field: &'static str, suffix: bool, autoregressive: bool) -> String {
     match field {
         "template" if suffix => "suffix".into(),
-        "text" | "chat" | "token_ids" | "template" | "diffusion" => field.into(),
+        "prompt" | "text" | "chat" | "token_ids" | "template" | "diffusion" | "autoregressive" => field.into(),
         "max_new_tokens" | "stop" => format!("stopping.{field}"),
-        "temperature" | "top_p" | "top_k" | "min_p" | "logit_bias" | "seed" => format!("sampling.{field}"),
+        "temperature" | "top_p" | "top_k" | "min_p" | "logit_bias" | "seed" | "logprobs" | "repetition_penalty"
+        | "presence_penalty" | "frequency_penalty" => format!("sampling.{field}"),
+        "drafter" | "draft_length" | "beam_width" | "adapt" | "deterministic" | "prefill_chunk" => {
+            format!("autoregressive.{field}")
+        }
+        "suppress_end" if autoregressive => format!("autoregressive.{field}"),
         _ => format!("diffusion.{field}"),
     }
 }
@@ -114,22 +135,83 @@ fn piece((at, piece): (usize, proto::TemplatePiece)) -> Result<TemplatePiece, St
     }
 }
 
-fn sampling(asked: proto::Sampling) -> Result<SamplingOptions, Status> {
-    if asked.repetition_penalty.is_some_and(|penalty| penalty != 1.0) {
-        let reason = "diffusion cannot honour it, because later tokens may come first: leave it unset";
-        return Err(bad_field("sampling.repetition_penalty", reason));
-    }
-    if asked.logprobs.is_some_and(|count| count != 0) {
-        return Err(bad_field("sampling.logprobs", "they are not available: leave it unset and read the edits' confidences"));
-    }
-    Ok(SamplingOptions {
+fn sampling(asked: proto::Sampling) -> SamplingOptions {
+    SamplingOptions {
         temperature: asked.temperature,
         top_p: asked.top_p,
         top_k: asked.top_k,
         min_p: asked.min_p,
+        repetition_penalty: asked.repetition_penalty,
+        presence_penalty: asked.presence_penalty,
+        frequency_penalty: asked.frequency_penalty,
         logit_bias: asked.logit_bias.into_iter().collect(),
         seed: asked.seed,
+        logprobs: asked.logprobs,
+    }
+}
+
+/// Sampling settings as a message.
+pub fn sampling_message(options: &SamplingOptions) -> proto::Sampling {
+    proto::Sampling {
+        temperature: options.temperature,
+        top_p: options.top_p,
+        top_k: options.top_k,
+        min_p: options.min_p,
+        repetition_penalty: options.repetition_penalty,
+        presence_penalty: options.presence_penalty,
+        frequency_penalty: options.frequency_penalty,
+        logit_bias: options.logit_bias.iter().copied().collect(),
+        seed: options.seed,
+        logprobs: options.logprobs,
+    }
+}
+
+fn autoregressive(asked: proto::Autoregressive) -> Result<AutoregressiveOptions, Status> {
+    let choice = |kind| Some(DrafterChoice::Use(kind));
+    let drafter = match proto::Drafter::try_from(asked.drafter) {
+        Ok(proto::Drafter::Unspecified) => None,
+        Ok(proto::Drafter::None) => Some(DrafterChoice::Off),
+        Ok(proto::Drafter::Redrafter) => choice(DrafterKind::Redrafter),
+        Ok(proto::Drafter::Medusa) => choice(DrafterKind::Medusa),
+        Ok(proto::Drafter::Chain) => choice(DrafterKind::Chain),
+        Ok(proto::Drafter::Lookup) => choice(DrafterKind::Lookup),
+        Err(_) => {
+            let reason = format!("{} is not a value of this enum", asked.drafter);
+            return Err(bad_field("autoregressive.drafter", reason));
+        }
+    };
+    Ok(AutoregressiveOptions {
+        drafter,
+        draft_length: asked.draft_length,
+        beam_width: asked.beam_width,
+        adapt: asked.adapt,
+        deterministic: asked.deterministic,
+        suppress_end: asked.suppress_end,
+        prefill_chunk: asked.prefill_chunk,
     })
+}
+
+/// The settings as a message: a model's own for its description, or a client's for its request.
+pub fn autoregressive_message(options: &AutoregressiveOptions) -> proto::Autoregressive {
+    proto::Autoregressive {
+        drafter: options.drafter.map_or(proto::Drafter::Unspecified, drafter).into(),
+        draft_length: options.draft_length,
+        beam_width: options.beam_width,
+        adapt: options.adapt,
+        deterministic: options.deterministic,
+        suppress_end: options.suppress_end,
+        prefill_chunk: options.prefill_chunk,
+    }
+}
+
+pub fn drafter(choice: DrafterChoice) -> proto::Drafter {
+    match choice {
+        DrafterChoice::Off => proto::Drafter::None,
+        DrafterChoice::Use(DrafterKind::Redrafter) => proto::Drafter::Redrafter,
+        DrafterChoice::Use(DrafterKind::Medusa) => proto::Drafter::Medusa,
+        DrafterChoice::Use(DrafterKind::Chain) => proto::Drafter::Chain,
+        DrafterChoice::Use(DrafterKind::Lookup) => proto::Drafter::Lookup,
+    }
 }
 
 fn diffusion(asked: proto::Diffusion) -> Result<DiffusionOptions, Status> {

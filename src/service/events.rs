@@ -4,22 +4,24 @@ use std::time::Duration;
 
 use super::proto::{self, generate_event};
 use super::{Served, convert};
-use crate::decode::diffusion::{Commit, Parameters};
+use crate::decode::autoregressive::{self, Speculation};
+use crate::decode::diffusion::{self, Commit};
 use crate::decode::{Edit, FinishReason, Status, Step};
-use crate::engine::{Event, Request, Usage};
+use crate::engine::request::DrafterChoice;
+use crate::engine::{Event, Logprob, Method, Request, Usage};
 
 /// What the events of one request need to know of it.
 pub struct Translator {
     id: String,
     model: Served,
-    parameters: Parameters,
+    method: Method,
     /// Time that the request took to become one.
     preparing: Duration,
 }
 
 impl Translator {
     pub fn new(model: Served, request: &Request, preparing: Duration) -> Self {
-        Self { id: request.id.clone(), model, parameters: request.parameters.clone(), preparing }
+        Self { id: request.id.clone(), model, method: request.method.clone(), preparing }
     }
 
     /// The request's id.
@@ -33,7 +35,10 @@ impl Translator {
                 generate_event::Event::Started(self.started(prompt_tokens, &canvas, &masked))
             }
             Event::Step(step) => generate_event::Event::Step(self.step(step)),
-            Event::Committed { token_ids, text } => generate_event::Event::Committed(proto::Committed { text, token_ids }),
+            Event::Committed { token_ids, text, logprobs } => {
+                let logprobs = token_ids.iter().zip(logprobs).map(|(id, logprob)| self.logprob(*id, logprob)).collect();
+                generate_event::Event::Committed(proto::Committed { text, token_ids, logprobs })
+            }
             Event::Finished { reason, usage } => {
                 let reason = match reason {
                     FinishReason::Stop => proto::FinishReason::Stop,
@@ -48,14 +53,25 @@ impl Translator {
 
     fn started(&self, prompt_tokens: usize, canvas: &[u32], masked: &[bool]) -> proto::Started {
         let cell = |(id, masked): (&u32, &bool)| proto::Cell { token_id: *id, text: self.text(*id), masked: *masked };
+        let (diffusion, autoregressive) = match &self.method {
+            Method::Diffusion(parameters) => (Some(diffusion(parameters)), None),
+            Method::Autoregressive(parameters) => (None, Some(autoregressive(parameters))),
+        };
         proto::Started {
             request_id: self.id.clone(),
             model: self.model.info.name.clone(),
-            diffusion: Some(diffusion(&self.parameters)),
-            sampling: Some(sampling(&self.parameters)),
+            diffusion,
+            autoregressive,
+            sampling: Some(sampling(&self.method)),
             prompt_tokens: prompt_tokens as u64,
             canvas: canvas.iter().zip(masked).map(cell).collect(),
         }
+    }
+
+    fn logprob(&self, token_id: u32, logprob: Option<Logprob>) -> proto::TokenLogprob {
+        let alternative = |(id, logprob): (u32, f64)| proto::Alternative { token_id: id, text: self.text(id), logprob };
+        let (logprob, alternatives) = logprob.map_or((None, vec![]), |found| (Some(found.logprob), found.alternatives));
+        proto::TokenLogprob { token_id, logprob, alternatives: alternatives.into_iter().map(alternative).collect() }
     }
 
     fn step(&self, step: Step) -> proto::Step {
@@ -81,18 +97,27 @@ impl Translator {
         let decoding = usage.decoding.as_secs_f64();
         let end_to_end = (self.preparing + usage.queued + usage.decoding).as_secs_f64();
         let by = |amount: f64| if amount > 0.0 { usage.generated_tokens as f64 / amount } else { 0.0 };
+        let forwards = proto::Forwards {
+            prefill: usage.forwards.prefill as u64,
+            denoise: usage.forwards.denoise as u64,
+            cache_store: 0,
+            verify: usage.forwards.verify as u64,
+            draft: usage.forwards.draft as u64,
+            decode: usage.forwards.decode as u64,
+        };
         proto::Usage {
             prompt_tokens: usage.prompt_tokens as u64,
             generated_tokens: usage.generated_tokens as u64,
-            forwards: Some(proto::Forwards { denoise: usage.forwards_denoise as u64, ..proto::Forwards::default() }),
+            forwards: Some(forwards),
             steps: usage.steps as u64,
-            tokens_per_forward: by(usage.forwards_denoise as f64),
+            tokens_per_forward: by(usage.forwards.model() as f64),
             preparing_seconds: self.preparing.as_secs_f64(),
             queue_seconds: usage.queued.as_secs_f64(),
             first_committed_seconds: usage.time_to_first_commit.map(|time| time.as_secs_f64()),
             decoding_seconds: decoding,
             decoding_tokens_per_second: by(decoding),
             end_to_end_tokens_per_second: by(end_to_end),
+            speculation: usage.speculation.as_ref().map(|found| speculation(found, usage)),
         }
     }
 
@@ -102,7 +127,7 @@ impl Translator {
 }
 
 /// The diffusion settings in force, in the form in which a client would ask for them.
-fn diffusion(parameters: &Parameters) -> proto::Diffusion {
+fn diffusion(parameters: &diffusion::Parameters) -> proto::Diffusion {
     let mut diffusion = proto::Diffusion {
         block_length: Some(parameters.block_length as u64),
         order: convert::order(parameters.order).into(),
@@ -132,16 +157,51 @@ fn diffusion(parameters: &Parameters) -> proto::Diffusion {
     diffusion
 }
 
-fn sampling(parameters: &Parameters) -> proto::Sampling {
-    let sampling = &parameters.sampling;
+/// Likewise the autoregressive settings.
+fn autoregressive(parameters: &autoregressive::Parameters) -> proto::Autoregressive {
+    let drafts = parameters.drafts;
+    proto::Autoregressive {
+        drafter: convert::drafter(drafts.map_or(DrafterChoice::Off, |drafts| DrafterChoice::Use(drafts.drafter))).into(),
+        draft_length: drafts.map(|drafts| drafts.shape.length as u64),
+        beam_width: drafts.map(|drafts| drafts.shape.width as u64),
+        adapt: drafts.map(|drafts| drafts.adapt),
+        deterministic: Some(parameters.deterministic),
+        suppress_end: Some(parameters.ends.iter().any(|id| parameters.sampling.forbidden.contains(id))),
+        prefill_chunk: Some(parameters.chunk as u64),
+    }
+}
+
+fn speculation(found: &Speculation, usage: &Usage) -> proto::Speculation {
+    let removed = found.candidates.saturating_sub(found.drafted) as f64;
+    proto::Speculation {
+        drafts: found.drafts as u64,
+        candidate_tokens: found.candidates as u64,
+        drafted_tokens: found.drafted as u64,
+        accepted_tokens: found.accepted as u64,
+        acceptance_length: found.acceptance_length(),
+        acceptance_by_position: found.acceptance_by_position(),
+        accepted_exactly: found.accepted_exactly.iter().map(|count| *count as u64).collect(),
+        deduplicated_share: if found.candidates > 0 { removed / found.candidates as f64 } else { 0.0 },
+        draft_seconds: usage.drafting.as_secs_f64(),
+        verify_seconds: usage.verifying.as_secs_f64(),
+        commit_seconds: usage.committing.as_secs_f64(),
+    }
+}
+
+fn sampling(method: &Method) -> proto::Sampling {
+    let sampling = method.sampling();
+    // Diffusion has no penalties to be in force.
+    let penalties = matches!(method, Method::Autoregressive(_)).then_some(sampling.penalties);
     proto::Sampling {
         temperature: Some(sampling.temperature),
         top_p: sampling.top_p,
         top_k: sampling.top_k,
         min_p: sampling.min_p,
-        repetition_penalty: None,
+        repetition_penalty: penalties.map(|penalties| penalties.repetition),
+        presence_penalty: penalties.map(|penalties| penalties.presence),
+        frequency_penalty: penalties.map(|penalties| penalties.frequency),
         logit_bias: sampling.logit_bias.iter().copied().collect(),
-        seed: Some(parameters.seed),
-        logprobs: None,
+        seed: Some(method.seed()),
+        logprobs: Some(sampling.alternatives),
     }
 }

@@ -43,9 +43,11 @@ impl proto::generation_server::Generation for Generation {
         let id = convert::request_id(request.request_id.as_deref())?;
         let model = self.registry.find(&request.model)?.clone();
         let (info, name, deadline, suffix) = (model.info.clone(), id.clone(), call.deadline, request.suffix.is_some());
+        let autoregressive = matches!(request.method, Some(proto::generate_request::Method::Autoregressive(_)));
         let checked = self.registry.off_thread(move || {
             let options = convert::options(&info, request, name, deadline)?;
-            validate(&info, options).map_err(|invalid| status::invalid(invalid, |field| convert::path(field, suffix)))
+            validate(&info, options)
+                .map_err(|invalid| status::invalid(invalid, |field| convert::path(field, suffix, autoregressive)))
         });
         let request = checked.await??;
         let translator = Translator::new(model.clone(), &request, call.arrived.elapsed());

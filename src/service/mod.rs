@@ -33,7 +33,7 @@ use proto::generation_server::GenerationServer;
 use proto::models_server::ModelsServer;
 use proto::tokenization_server::TokenizationServer;
 
-pub use convert::diffusion_message;
+pub use convert::{autoregressive_message, diffusion_message, sampling_message};
 pub use lifecycle::shutdown_signal;
 
 /// The public API as generated from `proto/lacuna/v1`: messages, servers and clients.

@@ -8,10 +8,11 @@ use tonic::{Request, Response, Status};
 
 use super::proto::{self, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse};
 use super::{ServeError, ServeOptions, Served, convert, status};
+use crate::draft::DrafterInfo;
 use crate::engine::Engine;
 use crate::engine::request::{
-    CFG_SCALE_MAX, DiffusionOptions, LOGIT_BIAS_MAX, PIECES_MAX, PROMPT_BYTES_MAX, STEPS_MAX, STOP_BYTES_MAX, STOPS_MAX,
-    TEMPERATURE_MAX,
+    AutoregressiveOptions, CFG_SCALE_MAX, DiffusionOptions, DrafterChoice, LOGIT_BIAS_MAX, LOGPROBS_MAX, MethodKind,
+    PIECES_MAX, PROMPT_BYTES_MAX, STEPS_MAX, STOP_BYTES_MAX, STOPS_MAX, TEMPERATURE_MAX, unsupported,
 };
 
 /// The served models; there is at least one.
@@ -84,7 +85,10 @@ fn describe(model: &Served) -> proto::Model {
     let info = &model.info;
     let (config, generation) = (&info.config, &info.generation);
     let parameters = config.parameters() as u64;
-    let diffusion = info.mask_token_id.is_ok();
+    let can = |method| unsupported(info, method).is_none();
+    let (diffusion, autoregressive) = (can(MethodKind::Diffusion), can(MethodKind::Autoregressive));
+    let autoregressive_defaults =
+        generation.autoregressive.as_ref().and_then(|json| AutoregressiveOptions::deserialize(json).ok());
     let defaults = generation.diffusion.as_ref().and_then(|json| DiffusionOptions::deserialize(json).ok());
     proto::Model {
         name: info.name.clone(),
@@ -117,12 +121,24 @@ fn describe(model: &Served) -> proto::Model {
         }),
         capabilities: Some(proto::Capabilities {
             diffusion,
-            autoregressive: false,
+            autoregressive,
             infill: diffusion,
             chat: info.tokenizer.chat().is_some(),
         }),
+        default_autoregressive: Some(convert::autoregressive_message(&autoregressive_defaults.unwrap_or_default())),
+        drafters: info.drafters.iter().filter(|_| autoregressive).map(drafter).collect(),
         resident_max: model.limits.resident as u64,
         queued_max: model.limits.queued as u64,
+    }
+}
+
+fn drafter(info: &DrafterInfo) -> proto::DrafterLimits {
+    proto::DrafterLimits {
+        drafter: convert::drafter(DrafterChoice::Use(info.kind)).into(),
+        draft_length_max: info.limit.length as u64,
+        beam_width_max: info.limit.width as u64,
+        usual_draft_length: info.usual.length as u64,
+        usual_beam_width: info.usual.width as u64,
     }
 }
 
@@ -137,6 +153,7 @@ fn limits(options: &ServeOptions) -> proto::Limits {
         template_pieces_max: PIECES_MAX as u64,
         temperature_max: TEMPERATURE_MAX,
         cfg_scale_max: CFG_SCALE_MAX,
+        logprobs_max: u64::from(LOGPROBS_MAX),
         request_seconds_max: options.request_time_max.as_secs_f64(),
         streams_per_connection_max: options.streams_per_connection_max,
     }

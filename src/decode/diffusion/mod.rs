@@ -13,7 +13,9 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::canvas::Canvas;
-use super::{Decoder, Edit, FinishReason, Guidance, RowStatistics, Sampling, Status, Step, Window};
+use super::{
+    Decoder, Edit, FinishReason, Guidance, Noise, Pattern, Purpose, RowStatistics, Sampling, Status, Step, Wanted, Window, mix,
+};
 use crate::model::family::Attention;
 use select::{Candidate, Order, Rule, select};
 
@@ -180,6 +182,7 @@ impl Diffusion {
             token: row.token,
             status,
             confidence: row.confidence,
+            alternatives: row.alternatives.clone(),
         };
         let edits = open.iter().zip(rows).zip(status).map(edit).collect();
         let step = Step { step: self.step, block: self.block, edits };
@@ -193,15 +196,6 @@ impl Diffusion {
     }
 }
 
-/// The finaliser of SplitMix64 (Steele et al., OOPSLA 2014): every bit of the input moves every bit of the result, so that a
-/// generator that takes 32 bits of its seed still tells all requests and steps apart.
-fn mix(seed: u64) -> u64 {
-    let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 impl Decoder for Diffusion {
     fn window(&self) -> Window {
         let parameters = &self.parameters;
@@ -210,11 +204,13 @@ impl Decoder for Diffusion {
             .then(|| Guidance { unconditional: self.canvas.unconditional(), scale: parameters.cfg_scale });
         Window {
             tokens: self.canvas.sequence().to_vec(),
-            attention: self.attention,
-            positions: self.open_cells().iter().map(|cell| (prompt + cell) as u32).collect(),
+            pattern: Pattern::Whole(self.attention),
+            purpose: Purpose::Denoise,
+            wanted: Wanted::Positions(self.open_cells().iter().map(|cell| (prompt + cell) as u32).collect()),
             guidance,
             sampling: parameters.sampling.clone(),
-            noise_seed: mix(parameters.seed ^ mix(self.step as u64)),
+            noise: Noise::Seed(mix(parameters.seed ^ mix(self.step as u64))),
+            histories: vec![],
         }
     }
 

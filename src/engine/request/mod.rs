@@ -2,25 +2,28 @@
 //!
 //! [`GenerateOptions`] is what any front end (gRPC, command line) can express, unset meaning the model's own default.
 //! [`validate`] turns it into a [`Request`] that cannot fail for the client's sake, or into an [`Invalid`] that names the field.
-//! What decoding cannot honour is refused, never ignored.
+//! What decoding cannot honour is refused, never ignored. [`diffusion`] and [`autoregressive`] hold what is the methods' own.
+
+pub mod autoregressive;
+pub mod diffusion;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde::Deserialize;
 use thiserror::Error;
 
-use super::Request;
+use super::{Method, Request};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::chat::Message;
 use crate::checkpoint::config::{GenerationConfig, ModelConfig};
 use crate::checkpoint::tokenizer::Tokenizer;
-use crate::decode::Sampling;
 use crate::decode::canvas::{Canvas, Piece};
-use crate::decode::diffusion::select::Order;
-use crate::decode::diffusion::{Commit, EndOfText, Parameters};
-use crate::model::family::Attention;
+use crate::decode::{Penalties, Sampling};
+use crate::draft::DrafterInfo;
 use crate::tensor::Placement;
+
+pub use autoregressive::{AutoregressiveOptions, DrafterChoice};
+pub use diffusion::{DiffusionOptions, Schedule, order};
 
 /// Bounds on one request, whatever the model.
 pub const STEPS_MAX: u64 = 4096;
@@ -33,6 +36,7 @@ pub const PROMPT_BYTES_MAX: usize = 1 << 20;
 pub const TEMPERATURE_MIN: f64 = 1e-4;
 pub const TEMPERATURE_MAX: f64 = 10.0;
 pub const CFG_SCALE_MAX: f64 = 100.0;
+pub const LOGPROBS_MAX: u32 = 20;
 
 /// A loaded model as requests see it.
 #[derive(Clone)]
@@ -46,14 +50,16 @@ pub struct ModelInfo {
     /// Prompt and canvas together, in tokens.
     pub context: usize,
     pub placement: Placement,
+    /// Who can draft for it.
+    pub drafters: Vec<DrafterInfo>,
 }
 
 impl ModelInfo {
     /// Takes over the checkpoint's tokenizer. `context` is that of the loaded network.
-    pub fn new(checkpoint: Checkpoint, context: usize, placement: Placement) -> Self {
+    pub fn new(checkpoint: Checkpoint, context: usize, placement: Placement, drafters: Vec<DrafterInfo>) -> Self {
         let name = checkpoint.name();
         let Checkpoint { config, generation, tokenizer, mask_token_id, .. } = checkpoint;
-        Self { name, config, generation, tokenizer: Arc::new(tokenizer), mask_token_id, context, placement }
+        Self { name, config, generation, tokenizer: Arc::new(tokenizer), mask_token_id, context, placement, drafters }
     }
 
     /// Tokens that a canvas gets when the request does not say.
@@ -81,69 +87,19 @@ pub enum TemplatePiece {
     Hole(u64),
 }
 
-/// How counts are spread over steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    Linear,
-    Timesteps,
-}
-
-/// A diffusion method's settings; also the form of `diffusion` in `generation_config.json`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DiffusionOptions {
-    pub steps: Option<u64>,
-    pub block_length: Option<u64>,
-    pub schedule: Option<Schedule>,
-    pub eps: Option<f64>,
-    /// Reveal each cell on its own in the timestep schedule (Dream's `origin`).
-    pub independent: Option<bool>,
-    #[serde(with = "order_name")]
-    pub order: Option<Order>,
-    pub order_temperature: Option<f64>,
-    pub threshold: Option<f64>,
-    pub factor: Option<f64>,
-    pub entropy_bound: Option<f64>,
-    pub cfg_scale: Option<f64>,
-    /// End once end-of-text stands with nothing masked before it; on unless said otherwise.
-    pub finish_early: Option<bool>,
-    /// Never choose end-of-text (LLaDA's `logits_eos_inf`).
-    pub suppress_end: Option<bool>,
-    /// Choose end-of-text late (LLaDA's `confidence_eos_eot_inf`).
-    pub late_end: Option<bool>,
-}
-
-mod order_name {
-    use super::Order;
-    use serde::{Deserialize, Deserializer, de::Error};
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Order>, D::Error> {
-        let Some(name) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
-        super::order(&name).map(Some).ok_or_else(|| D::Error::custom(format!("order '{name}' is not known")))
-    }
-}
-
-/// An order by its name.
-pub fn order(name: &str) -> Option<Order> {
-    Some(match name {
-        "confidence" => Order::Confidence,
-        "margin" => Order::Margin,
-        "entropy" => Order::Entropy,
-        "random" => Order::Random,
-        "left_to_right" => Order::LeftToRight,
-        _ => return None,
-    })
-}
-
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SamplingOptions {
     pub temperature: Option<f64>,
     pub top_p: Option<f64>,
     pub top_k: Option<u32>,
     pub min_p: Option<f64>,
+    pub repetition_penalty: Option<f64>,
+    pub presence_penalty: Option<f64>,
+    pub frequency_penalty: Option<f64>,
     pub logit_bias: Vec<(u32, f32)>,
     pub seed: Option<u64>,
+    /// Committed tokens come with their log-probabilities, and with those of so many alternatives; 0 is off.
+    pub logprobs: Option<u32>,
 }
 
 /// Everything that a client can ask of one generation.
@@ -155,7 +111,10 @@ pub struct GenerateOptions {
     pub template: Vec<TemplatePiece>,
     /// Tokens to generate: the canvas's length. Refused beside a template, whose holes say it.
     pub max_new_tokens: Option<u64>,
+    /// Unset: [`default_method`].
+    pub method: Option<MethodKind>,
     pub diffusion: DiffusionOptions,
+    pub autoregressive: AutoregressiveOptions,
     pub sampling: SamplingOptions,
     pub stops: Vec<String>,
     pub steps: bool,
@@ -180,10 +139,14 @@ fn invalid<T>(field: &'static str, reason: impl Into<String>) -> Result<T, Inval
 pub fn check_defaults(model: &ModelInfo) -> Result<(), String> {
     let options = GenerateOptions {
         id: String::new(),
-        prompt: Prompt::Tokens(vec![]),
+        // Some token, for methods that need one to go on from.
+        prompt: Prompt::Tokens(vec![0]),
         template: vec![],
-        max_new_tokens: None,
+        // The model's own length might not leave room for the prompt's one token.
+        max_new_tokens: model.generation.max_new_tokens.map(|length| length.min(model.context.saturating_sub(1)) as u64),
+        method: None,
         diffusion: DiffusionOptions::default(),
+        autoregressive: AutoregressiveOptions::default(),
         sampling: SamplingOptions::default(),
         stops: vec![],
         steps: false,
@@ -196,16 +159,31 @@ pub fn check_defaults(model: &ModelInfo) -> Result<(), String> {
     }
 }
 
+/// Which decoder a request is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MethodKind {
+    Diffusion,
+    Autoregressive,
+}
+
+/// What `model` does when a request does not say: diffusion if it can.
+pub fn default_method(model: &ModelInfo) -> MethodKind {
+    let causal = diffusion::unsupported(model).is_some() && autoregressive::unsupported(model).is_none();
+    if causal { MethodKind::Autoregressive } else { MethodKind::Diffusion }
+}
+
+/// Why `model` cannot decode by `method`, if it cannot.
+pub fn unsupported(model: &ModelInfo, method: MethodKind) -> Option<String> {
+    match method {
+        MethodKind::Diffusion => diffusion::unsupported(model),
+        MethodKind::Autoregressive => autoregressive::unsupported(model),
+    }
+}
+
 /// Checks `options` against `model`.
 pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, Invalid> {
-    let mask = match &model.mask_token_id {
-        Ok(mask) => *mask,
-        Err(reason) => return Err(Invalid::Unsupported(format!("model {} cannot do diffusion: {reason}", model.name))),
-    };
-    if model.config.attention == Attention::Causal {
-        let reason = "its attention is causal; a masked model on this body says \"is_causal\": false in its config.json";
-        return Err(Invalid::Unsupported(format!("model {} cannot do diffusion: {reason}", model.name)));
-    }
+    let kind = options.method.unwrap_or(default_method(model));
+    check_method(model, &options, kind)?;
     let prompt = prompt_ids(model, &options.prompt)?;
     let pieces = pieces(model, &options)?;
     // Counted before it is laid out: a template of many long holes must not take memory first.
@@ -217,7 +195,9 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
         let reason = format!("prompt and canvas have {length} tokens, the model's context {}", model.context);
         return invalid(field, reason);
     }
-    let canvas = Canvas::new(&prompt, &pieces, mask);
+    // A model without a mask token shows its holes as ends of text; which cells are masked is told beside the tokens.
+    let blank = model.mask_token_id.as_ref().ok().or(model.generation.eos_token_ids.first()).copied().unwrap_or(0);
+    let canvas = Canvas::new(&prompt, &pieces, blank);
     for stop in &options.stops {
         if stop.is_empty() || stop.len() > STOP_BYTES_MAX {
             return invalid("stop", format!("a stop string must have 1 to {STOP_BYTES_MAX} bytes"));
@@ -226,24 +206,37 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
     if options.stops.len() > STOPS_MAX {
         return invalid("stop", format!("{} stop strings are more than {STOPS_MAX}", options.stops.len()));
     }
-    let mut defaults = match &model.generation.diffusion {
-        Some(json) => {
-            DiffusionOptions::deserialize(json).or_else(|e| invalid("diffusion", format!("the model's own settings: {e}")))?
+    let method = match kind {
+        MethodKind::Diffusion => Method::Diffusion(diffusion::parameters(model, &options, &canvas, &pieces)?),
+        MethodKind::Autoregressive => {
+            Method::Autoregressive(autoregressive::parameters(model, &options, prompt.len() + fixed, &pieces)?)
         }
-        None => DiffusionOptions::default(),
     };
-    if fixed_behind_hole(&pieces) {
-        // An end-of-text inside a hole would cut off the fixed text behind it, so it is not chosen unless a request insists.
-        defaults.suppress_end = defaults.suppress_end.or(Some(!model.generation.eos_token_ids.is_empty()));
+    Ok(Request { id: options.id, canvas, method, stops: options.stops, steps: options.steps, deadline: options.deadline })
+}
+
+/// Whether `model` can do it, and whether only its own settings are given.
+fn check_method(model: &ModelInfo, options: &GenerateOptions, kind: MethodKind) -> Result<(), Invalid> {
+    let what = match kind {
+        MethodKind::Diffusion => "do diffusion",
+        MethodKind::Autoregressive => "decode autoregressively",
+    };
+    let unsupported = unsupported(model, kind);
+    if let (Some(reason), Some(_)) = (&unsupported, &options.autoregressive.drafter) {
+        return invalid("drafter", format!("model {} cannot {what}, so there is nothing to draft for: {reason}", model.name));
     }
-    let parameters = parameters(model, &options, defaults, mask, canvas.len())?;
-    if let Commit::Linear { steps } | Commit::Timesteps { steps, .. } = parameters.commit {
-        let blocks = canvas.blocks_to_fill(parameters.block_length);
-        if steps < blocks {
-            return invalid("steps", format!("{steps} steps cannot fill {blocks} blocks: ask for more, or for longer blocks"));
+    if let Some(reason) = unsupported {
+        return Err(Invalid::Unsupported(format!("model {} cannot {what}: {reason}", model.name)));
+    }
+    match kind {
+        MethodKind::Diffusion if options.autoregressive != AutoregressiveOptions::default() => {
+            invalid("autoregressive", "the method is diffusion: leave these settings unset, or choose the other method")
         }
+        MethodKind::Autoregressive if options.diffusion != DiffusionOptions::default() => {
+            invalid("diffusion", "the method is autoregressive: leave these settings unset, or choose the other method")
+        }
+        _ => Ok(()),
     }
-    Ok(Request { id: options.id, canvas, parameters, stops: options.stops, steps: options.steps, deadline: options.deadline })
 }
 
 fn prompt_ids(model: &ModelInfo, prompt: &Prompt) -> Result<Vec<u32>, Invalid> {
@@ -311,11 +304,6 @@ fn pieces(model: &ModelInfo, options: &GenerateOptions) -> Result<Vec<Piece>, In
     Ok(pieces)
 }
 
-fn fixed_behind_hole(pieces: &[Piece]) -> bool {
-    let first = pieces.iter().position(|piece| matches!(piece, Piece::Hole(_)));
-    first.is_some_and(|first| pieces[first..].iter().any(|piece| matches!(piece, Piece::Fixed(ids) if !ids.is_empty())))
-}
-
 /// A number within bounds; NaN and infinity are in none.
 fn number(field: &'static str, value: Option<f64>, range: std::ops::RangeInclusive<f64>) -> Result<Option<f64>, Invalid> {
     match value {
@@ -330,104 +318,6 @@ fn whole(field: &'static str, value: Option<u64>, max: u64) -> Result<Option<usi
     match value {
         Some(value) if value == 0 || value > max => invalid(field, format!("{value} is not a whole number from 1 to {max}")),
         _ => Ok(value.map(|value| value as usize)),
-    }
-}
-
-fn parameters(
-    model: &ModelInfo,
-    options: &GenerateOptions,
-    defaults: DiffusionOptions,
-    mask: u32,
-    canvas: usize,
-) -> Result<Parameters, Invalid> {
-    let asked = &options.diffusion;
-    // A request that says how to commit replaces the model's default rule as a whole; order and the rest fall back one by one.
-    let rules = [asked.steps.is_some(), asked.threshold.is_some(), asked.factor.is_some(), asked.entropy_bound.is_some()];
-    let rules = rules.iter().filter(|set| **set).count();
-    if rules > 1 {
-        return invalid("diffusion", "steps, threshold, factor and entropy_bound exclude one another");
-    }
-    let rule = if rules == 1 { asked } else { &defaults };
-    let order = asked.order.or(defaults.order).unwrap_or(Order::Confidence);
-    let commit = commit(asked, rule, &defaults, order, canvas)?;
-    let ends = model.generation.eos_token_ids.clone();
-    let need_ends = |field: &'static str, set: Option<bool>| match set.unwrap_or(false) && ends.is_empty() {
-        true => invalid(field, "the model names no end-of-text token"),
-        false => Ok(set.unwrap_or(false)),
-    };
-    let mut sampling = sampling(model, &options.sampling)?;
-    sampling.forbidden.push(mask);
-    if need_ends("suppress_end", asked.suppress_end.or(defaults.suppress_end))? {
-        sampling.forbidden.extend(&ends);
-    }
-    if need_ends("late_end", asked.late_end.or(defaults.late_end))? {
-        sampling.unconfident.clone_from(&ends);
-    }
-    // Dream draws and judges under the same filtered distribution; LLaDA judges under the plain one.
-    sampling.filtered_confidence = model.config.shift;
-    sampling.margin = order == Order::Margin;
-    sampling.entropy = order == Order::Entropy || matches!(commit, Commit::EntropyBound(_));
-    let block_length = whole("block_length", asked.block_length.or(defaults.block_length), u64::from(u32::MAX))?;
-    Ok(Parameters {
-        block_length: block_length.unwrap_or(canvas).min(canvas),
-        order,
-        order_temperature: number(
-            "order_temperature",
-            asked.order_temperature.or(defaults.order_temperature),
-            0.0..=TEMPERATURE_MAX,
-        )?
-        .unwrap_or(0.0),
-        commit,
-        cfg_scale: number("cfg_scale", asked.cfg_scale.or(defaults.cfg_scale), 0.0..=CFG_SCALE_MAX)?.unwrap_or(0.0),
-        sampling,
-        end_of_text: EndOfText { ids: ends, finish_early: asked.finish_early.or(defaults.finish_early).unwrap_or(true) },
-        seed: options.sampling.seed.unwrap_or_else(rand::random),
-    })
-}
-
-fn commit(
-    asked: &DiffusionOptions,
-    rule: &DiffusionOptions,
-    defaults: &DiffusionOptions,
-    order: Order,
-    canvas: usize,
-) -> Result<Commit, Invalid> {
-    let counted = rule.threshold.is_none() && rule.factor.is_none() && rule.entropy_bound.is_none();
-    for (field, set) in
-        [("schedule", asked.schedule.is_some()), ("eps", asked.eps.is_some()), ("independent", asked.independent.is_some())]
-    {
-        if set && !counted {
-            return invalid(field, "it goes with steps only");
-        }
-    }
-    let compares = rule.threshold.is_some() || rule.factor.is_some();
-    if compares && asked.order_temperature.or(defaults.order_temperature).is_some_and(|temperature| temperature != 0.0) {
-        return invalid("order_temperature", "threshold and factor compare probabilities, not drawn scores: leave it unset");
-    }
-    if compares && !matches!(order, Order::Confidence | Order::Margin) {
-        return invalid("order", "threshold and factor compare probabilities: use order confidence or margin with them");
-    }
-    if let Some(threshold) = number("threshold", rule.threshold, 0.0..=1.0)? {
-        return Ok(Commit::Threshold(threshold));
-    }
-    if let Some(factor) = number("factor", rule.factor, 0.0..=1000.0)? {
-        return Ok(Commit::Factor(factor));
-    }
-    if let Some(bound) = number("entropy_bound", rule.entropy_bound, 0.0..=1000.0)? {
-        return Ok(Commit::EntropyBound(bound));
-    }
-    let steps = whole("steps", rule.steps, STEPS_MAX)?.unwrap_or(canvas);
-    let eps = number("eps", asked.eps.or(defaults.eps), 0.0..=0.5)?;
-    let independent = asked.independent.or(defaults.independent);
-    match asked.schedule.or(defaults.schedule).unwrap_or(Schedule::Linear) {
-        Schedule::Timesteps => {
-            Ok(Commit::Timesteps { steps, eps: eps.unwrap_or(1e-3), independent: independent.unwrap_or(false) })
-        }
-        Schedule::Linear if asked.eps.is_some() => invalid("eps", "it goes with the timestep schedule only"),
-        Schedule::Linear if asked.independent == Some(true) => {
-            invalid("independent", "it goes with the timestep schedule only")
-        }
-        Schedule::Linear => Ok(Commit::Linear { steps }),
     }
 }
 
@@ -453,8 +343,20 @@ fn sampling(model: &ModelInfo, asked: &SamplingOptions) -> Result<Sampling, Inva
             format!("{temperature} is neither 0 nor at least {TEMPERATURE_MIN}: use 0 for the best token"),
         );
     }
+    let penalties = Penalties {
+        repetition: number("repetition_penalty", asked.repetition_penalty, 0.1..=10.0)?.unwrap_or(1.0),
+        presence: number("presence_penalty", asked.presence_penalty, -10.0..=10.0)?.unwrap_or(0.0),
+        frequency: number("frequency_penalty", asked.frequency_penalty, -10.0..=10.0)?.unwrap_or(0.0),
+    };
+    if let Some(count) = asked.logprobs.filter(|count| *count > LOGPROBS_MAX) {
+        return invalid("logprobs", format!("{count} alternatives are more than {LOGPROBS_MAX}"));
+    }
     Ok(Sampling {
         temperature: temperature.unwrap_or(0.0),
+        penalties,
+        alternatives: asked.logprobs.unwrap_or(0),
+        // The mask token stands for what is not known: it is never a prediction.
+        forbidden: model.mask_token_id.iter().copied().collect(),
         top_k: asked.top_k.or(model.generation.top_k),
         top_p: positive("top_p", asked.top_p.or(model.generation.top_p))?,
         min_p: positive("min_p", asked.min_p)?,

@@ -1,0 +1,239 @@
+//! How much to draft: as much as pays, by what forwards cost on this device and by how many drafts were accepted so far.
+//!
+//! A draft of width `w` and length `l` yields `τ = 1 + Σ_k survival[w][k]` tokens, where `survival[w][k]` is the share of drafts
+//! whose first `k` tokens were right within the first `w` beams, and costs one forward of its nodes and the drafter's own work. The
+//! best shape is that with most tokens a second; where plain decoding is better, nothing is drafted, and a small draft now and
+//! then looks whether that still holds. Costs are data, measured by the engine; this module has no clock.
+
+use std::sync::Arc;
+
+use super::tree::Tree;
+
+/// Width and length of a draft.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Candidates side by side.
+    pub width: usize,
+    /// Tokens one after another, the root not counted.
+    pub length: usize,
+}
+
+impl Shape {
+    /// Nodes of the largest tree, the root included.
+    pub fn nodes_max(self) -> usize {
+        1 + self.width * self.length
+    }
+}
+
+/// Seconds that things take on this device.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Costs {
+    /// Of a forward of so many tokens over a cache, ascending; the first is of one token.
+    pub verify: Vec<(usize, f64)>,
+    pub draft: Vec<DraftCost>,
+}
+
+/// What drafting in one shape takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DraftCost {
+    pub shape: Shape,
+    /// Candidate tokens before prefixes are shared.
+    pub candidates: usize,
+    /// The drafter's own time.
+    pub seconds: f64,
+}
+
+impl Costs {
+    /// Of a forward of `nodes` tokens, between or beyond the measured points on straight lines.
+    pub fn verify(&self, nodes: f64) -> f64 {
+        let points: Vec<(f64, f64)> = self.verify.iter().map(|(nodes, cost)| (*nodes as f64, *cost)).collect();
+        let above = points.iter().position(|(at, _)| *at >= nodes).unwrap_or(points.len().saturating_sub(1));
+        match (points.get(above.saturating_sub(1)), points.get(above)) {
+            (Some(low), Some(high)) if high.0 > low.0 => low.1 + (high.1 - low.1) * (nodes - low.0) / (high.0 - low.0),
+            (_, Some(point)) => point.1,
+            _ => 0.0,
+        }
+    }
+}
+
+/// Weight of the newest draft in a moving share.
+const NEWEST: f64 = 0.2;
+/// What a first look expects of every further token: a good head's acceptance, so that drafting begins.
+const OPTIMISM: f64 = 0.75;
+/// A draft must promise to be faster by this factor; what is measured is not known better.
+const MARGIN: f64 = 1.05;
+/// Plain tokens before the next look at a drafter that did not pay: at first, and at most.
+const REST: (usize, usize) = (8, 128);
+/// The draft that looks.
+const LOOK: Shape = Shape { width: 1, length: 2 };
+
+/// What has been learnt, and what follows from it.
+#[derive(Clone, Debug)]
+pub struct Adaptation {
+    costs: Arc<Costs>,
+    /// `[width - 1][k - 1]`: share of drafts accepted to depth `k` within the first `width` beams.
+    survival: Vec<Vec<f64>>,
+    /// Nodes by candidates: how much sharing of prefixes leaves.
+    packed: f64,
+    drafts: usize,
+    /// Plain steps until the next look.
+    resting: usize,
+    rest: usize,
+}
+
+impl Adaptation {
+    /// Before anything has been seen; `limit` is the largest shape that will be asked about.
+    pub fn new(costs: Arc<Costs>, limit: Shape) -> Self {
+        let survival = vec![(1..=limit.length as i32).map(|depth| OPTIMISM.powi(depth)).collect(); limit.width];
+        Self { costs, survival, packed: 0.8, drafts: 0, resting: 0, rest: REST.0 }
+    }
+
+    /// What a sequence begins with: what others saw.
+    pub fn fresh(&self) -> Self {
+        Self { drafts: 0, resting: 0, rest: REST.0, ..self.clone() }
+    }
+
+    /// Takes in what a finished sequence saw.
+    pub fn learn(&mut self, other: &Self) {
+        let weight = other.drafts as f64 / (other.drafts as f64 + 20.0);
+        for (mine, theirs) in self.survival.iter_mut().flatten().zip(other.survival.iter().flatten()) {
+            *mine += weight * (theirs - *mine);
+        }
+        self.packed += weight * (other.packed - self.packed);
+    }
+
+    /// Tokens that a draft of `shape` is expected to yield.
+    fn tokens(&self, shape: Shape) -> f64 {
+        1.0 + self.survival[shape.width - 1][..shape.length].iter().sum::<f64>()
+    }
+
+    fn seconds(&self, draft: &DraftCost) -> f64 {
+        let packed = if draft.shape.width == 1 { 1.0 } else { self.packed };
+        draft.seconds + self.costs.verify(1.0 + packed * draft.candidates as f64)
+    }
+
+    /// The shape within `limit` to draft next, or `None` where a plain step is better.
+    pub fn choose(&mut self, limit: Shape) -> Option<Shape> {
+        let fits = |shape: &Shape| {
+            shape.width <= limit.width.min(self.survival.len())
+                && shape.length <= limit.length.min(self.survival.first().map_or(0, Vec::len))
+        };
+        let drafts: Vec<DraftCost> = self.costs.draft.iter().copied().filter(|draft| fits(&draft.shape)).collect();
+        let plain = self.costs.verify(1.0);
+        let gain = |tokens: f64, draft: &DraftCost| tokens * plain / self.seconds(draft);
+        let gains = drafts.iter().map(|draft| (draft.shape, gain(self.tokens(draft.shape), draft)));
+        let (shape, best) = gains.max_by(|a, b| a.1.total_cmp(&b.1))?;
+        let could_pay = drafts.iter().any(|draft| gain(1.0 + draft.shape.length as f64, draft) >= MARGIN);
+        if best >= MARGIN {
+            self.rest = REST.0;
+            return Some(shape);
+        }
+        if self.resting > 0 {
+            self.resting -= 1;
+            return None;
+        }
+        // It does not pay: rest, longer each time, then look again.
+        self.resting = self.rest;
+        self.rest = (2 * self.rest).min(REST.1);
+        (could_pay && fits(&LOOK)).then_some(LOOK)
+    }
+
+    /// Takes in how far a draft was right: `path` are the nodes confirmed, the root first.
+    pub fn observe(&mut self, tree: &Tree, path: &[usize]) {
+        self.drafts += 1;
+        let width = tree.ranks().iter().max().map_or(0, |rank| rank + 1).min(self.survival.len());
+        if width > 1 {
+            let packed = (tree.len() - 1) as f64 / tree.candidates().max(1) as f64;
+            self.packed += NEWEST * (packed.min(1.0) - self.packed);
+        }
+        for beams in 1..=width {
+            let right = path[1..].iter().take_while(|node| tree.ranks()[**node] < beams).count();
+            // Where a whole draft was right, nothing is known of what would have followed it.
+            let known = if right >= tree.depth() { right } else { usize::MAX };
+            for (at, survival) in self.survival[beams - 1].iter_mut().enumerate().take(known) {
+                *survival += NEWEST * (f64::from(u8::from(at < right)) - *survival);
+            }
+        }
+        // More beams are right at least as often.
+        for beams in 1..self.survival.len() {
+            for at in 0..self.survival[beams].len() {
+                self.survival[beams][at] = self.survival[beams][at].max(self.survival[beams - 1][at]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Shape = Shape { width: 3, length: 6 };
+
+    fn costs(slope: f64) -> Arc<Costs> {
+        let verify = vec![(1, 1.0), (2, 1.0 + slope), (16, 1.0 + 15.0 * slope)];
+        let shapes = (1..=3).flat_map(|width| (1..=6).map(move |length| Shape { width, length }));
+        let draft =
+            |shape: Shape| DraftCost { shape, candidates: shape.width * shape.length, seconds: 0.05 * shape.length as f64 };
+        Arc::new(Costs { verify, draft: shapes.map(draft).collect() })
+    }
+
+    fn chain(length: u32) -> Tree {
+        let tokens: Vec<u32> = (1..=length).collect();
+        Tree::from_beams(0, [tokens.as_slice()])
+    }
+
+    #[test]
+    fn costs_run_on_straight_lines() {
+        let costs = costs(0.1);
+        for (nodes, cost) in [(1.0, 1.0), (2.0, 1.1), (9.0, 1.8), (16.0, 2.5), (30.0, 3.9)] {
+            assert!((costs.verify(nodes) - cost).abs() < 1e-9, "{nodes}: {}", costs.verify(nodes));
+        }
+    }
+
+    #[test]
+    fn drafts_grow_with_acceptance_and_end_without_it() {
+        let mut adaptation = Adaptation::new(costs(0.02), LIMIT);
+        for _ in 0..40 {
+            let tree = chain(6);
+            adaptation.observe(&tree, &[0, 1, 2, 3, 4, 5, 6]);
+        }
+        assert_eq!(adaptation.choose(LIMIT).map(|shape| shape.length), Some(6));
+        for _ in 0..40 {
+            if let Some(shape) = adaptation.choose(LIMIT) {
+                adaptation.observe(&chain(shape.length as u32), &[0]);
+            }
+        }
+        // Wider drafts were never tried and fail too, once they are.
+        let beams: Vec<Vec<u32>> = (1..=3).map(|first| vec![first; 6]).collect();
+        for _ in 0..60 {
+            if adaptation.choose(LIMIT).is_some() {
+                adaptation.observe(&Tree::from_beams(0, beams.iter().map(Vec::as_slice)), &[0]);
+            }
+        }
+        let drafts = (0..200).filter(|_| adaptation.choose(LIMIT).is_some()).count();
+        assert!(drafts <= 12, "{drafts} drafts in 200 steps though none is ever right");
+    }
+
+    #[test]
+    fn dear_forwards_are_not_drafted_for() {
+        let mut adaptation = Adaptation::new(costs(1.0), LIMIT);
+        assert_eq!(adaptation.choose(LIMIT), None);
+    }
+
+    #[test]
+    fn width_pays_where_the_first_beam_is_often_wrong() {
+        let mut adaptation = Adaptation::new(costs(0.005), LIMIT);
+        let tree = Tree::from_beams(0, [[1, 2].as_slice(), &[3, 4]]);
+        for _ in 0..30 {
+            adaptation.observe(&tree, &[0, 3, 4]);
+        }
+        assert!(adaptation.choose(LIMIT).is_some_and(|shape| shape.width >= 2));
+    }
+
+    #[test]
+    fn no_shape_beyond_the_limit() {
+        let mut adaptation = Adaptation::new(costs(0.0), LIMIT);
+        let limit = Shape { width: 2, length: 3 };
+        assert!(adaptation.choose(limit).is_some_and(|shape| shape.width <= 2 && shape.length <= 3));
+    }
+}

@@ -1,0 +1,291 @@
+//! ReDrafter: a recurrent head whose beam search proposes candidates (Zhang et al., arXiv 2403.09919; `apple/ml-recurrent-drafting`).
+//!
+//! From `s₀ = 0` and the embedding `e_t` of each token, `s_t = silu(W e_t + U s_{t−1} + b)` (or `e_t + s_{t−1}` without the
+//! recurrent weights); the next token's logits are `head([c; s_t])`, where `c` is the network's final hidden state behind the last
+//! choice. Checkpoints are the authors' own. `draft_vocab_size` adds a trimmed vocabulary: the head then has so many rows, and
+//! `d2t` says how far each row's token lies behind its row (EAGLE-3's convention).
+
+use std::path::Path;
+
+use super::heads::{Folder, Linear, bytes, spec};
+use super::{Context, Draft, Drafter};
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::config::ModelConfig;
+use crate::decode::autoregressive::adaptation::Shape;
+use crate::decode::autoregressive::tree::Tree;
+use crate::model::{ModelError, Source, TensorSpec, Transformer};
+use crate::tensor::{Kind, Placement, Tensor};
+
+/// Candidates that a beam may go on with; the authors' `warp_logits` keeps so many and forgets the rest.
+const KEPT: i64 = 50;
+
+/// Sizes and kind of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    pub hidden_size: usize,
+    pub exit_dim: usize,
+    pub layers: usize,
+    /// Rows of the head: the model's vocabulary, or a part of it.
+    pub rows: usize,
+    /// Whether the rows are a part of the vocabulary, with `d2t` to say which.
+    pub trimmed: bool,
+    pub recurrent: bool,
+}
+
+impl Settings {
+    /// Every tensor of the checkpoint, in the order in which [`Redrafter::new`] asks for them.
+    pub fn manifest(&self) -> Vec<TensorSpec> {
+        let Self { hidden_size: h, exit_dim: e, layers, rows, trimmed, recurrent } = *self;
+        let mut specs = vec![];
+        if 2 * h != e {
+            specs.extend([spec("input_proj.weight", &[e, 2 * h]), spec("input_proj.bias", &[e])]);
+        }
+        for layer in 0..layers {
+            specs.push(spec(format!("lm_head.{layer}.linear.weight"), &[e, e]));
+            specs.push(spec(format!("lm_head.{layer}.linear.bias"), &[e]));
+        }
+        specs.push(spec(format!("lm_head.{layers}.weight"), &[rows, e]));
+        if recurrent {
+            specs.extend([spec("rnn_u.weight", &[h, h]), spec("rnn_u.bias", &[h]), spec("rnn_w.weight", &[h, h])]);
+        }
+        if trimmed {
+            specs.push(spec("d2t", &[rows]));
+        }
+        specs
+    }
+}
+
+/// A loaded head.
+pub struct Redrafter {
+    settings: Settings,
+    input: Option<Linear>,
+    blocks: Vec<Linear>,
+    head: Tensor,
+    /// `U` with its bias, and `W`.
+    recurrence: Option<(Linear, Tensor)>,
+    /// The token of each of the head's rows, where they are trimmed.
+    tokens: Option<Tensor>,
+}
+
+/// Beams of one search: tokens behind the root, best beam first, and their logarithmic scores.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Search {
+    pub beams: Vec<Vec<u32>>,
+    pub scores: Vec<f32>,
+}
+
+struct FolderSource<'a> {
+    folder: &'a Folder,
+    placement: Placement,
+}
+
+impl Source for FolderSource<'_> {
+    type Error = CheckpointError;
+
+    fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor, CheckpointError> {
+        let placement =
+            if spec.name == "d2t" { Placement { dtype: crate::tensor::Dtype::F32, ..self.placement } } else { self.placement };
+        self.folder.tensor(&spec.name, placement)
+    }
+}
+
+impl Redrafter {
+    /// Reads the authors' layout and checks it against `model`.
+    pub fn load(path: &Path, model: &ModelConfig, placement: Placement) -> Result<Self, CheckpointError> {
+        let folder = Folder::open(path)?;
+        folder.must_be("hidden_size", folder.number("hidden_size", 1 << 16)?, model.hidden_size)?;
+        folder.must_be("vocab_size", folder.number("vocab_size", 1 << 22)?, model.vocab_size)?;
+        let trimmed = folder.has("draft_vocab_size");
+        let settings = Settings {
+            hidden_size: model.hidden_size,
+            exit_dim: folder.number("exit_dim", 1 << 17)?,
+            layers: folder.number("num_draft_layers", 64)?,
+            rows: if trimmed { folder.number("draft_vocab_size", model.vocab_size)? } else { model.vocab_size },
+            trimmed,
+            recurrent: folder.flag("rnn", false),
+        };
+        folder.check(&settings.manifest())?;
+        let head = Self::new(settings, &mut FolderSource { folder: &folder, placement })?;
+        if let Some(tokens) = &head.tokens {
+            let ids: Vec<i64> = Vec::try_from(&tokens.f_to_device(crate::tensor::Device::Cpu)?)?;
+            if ids.iter().any(|id| *id < 0 || *id >= model.vocab_size as i64) {
+                return folder.wrong(format!("d2t leads outside the model's vocabulary of {}", model.vocab_size));
+            }
+        }
+        Ok(head)
+    }
+
+    /// Builds the head from `source`, which gives each tensor of the manifest. Autograd flows through.
+    pub fn new<S: Source>(settings: Settings, source: &mut S) -> Result<Self, S::Error> {
+        let mut specs = settings.manifest().into_iter();
+        let mut next = || match specs.next() {
+            Some(spec) => source.tensor(&spec),
+            None => unreachable!("the manifest and the head list the same tensors"),
+        };
+        let mut linear = || -> Result<Linear, S::Error> { Ok(Linear { weight: next()?, bias: Some(next()?) }) };
+        let input = if 2 * settings.hidden_size != settings.exit_dim { Some(linear()?) } else { None };
+        let blocks = (0..settings.layers).map(|_| linear()).collect::<Result<_, _>>()?;
+        let head = next()?;
+        let recurrence =
+            if settings.recurrent { Some((Linear { weight: next()?, bias: Some(next()?) }, next()?)) } else { None };
+        let tokens = if settings.trimmed { Some(rows_to_tokens(&next()?)?) } else { None };
+        Ok(Self { settings, input, blocks, head, recurrence, tokens })
+    }
+
+    /// The same weights under another handle.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            settings: self.settings,
+            input: self.input.as_ref().map(Linear::shallow_clone),
+            blocks: self.blocks.iter().map(Linear::shallow_clone).collect(),
+            head: self.head.shallow_clone(),
+            recurrence: self.recurrence.as_ref().map(|(u, w)| (u.shallow_clone(), w.shallow_clone())),
+            tokens: self.tokens.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+
+    pub fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// The next state, `[rows, hidden]`, from the last tokens' embeddings and the state before; `None` is the state zero.
+    pub fn advance(&self, embedding: &Tensor, state: Option<&Tensor>) -> Result<Tensor, ModelError> {
+        let Some((u, w)) = &self.recurrence else {
+            return Ok(match state {
+                Some(state) => embedding.f_add(state)?,
+                None => embedding.shallow_clone(),
+            });
+        };
+        let input = embedding.f_to_kind(w.f_kind()?)?.f_linear(w, None::<&Tensor>)?;
+        let kept = match (state, &u.bias) {
+            (Some(state), _) => u.forward(state)?,
+            (None, Some(bias)) => bias.shallow_clone(),
+            (None, None) => return Ok(input.f_silu()?),
+        };
+        Ok(input.f_add(&kept)?.f_silu()?)
+    }
+
+    /// Logits of the next token, `[rows, head rows]`, from the network's state and the head's, `[rows, hidden]` each.
+    pub fn logits(&self, context: &Tensor, state: &Tensor) -> Result<Tensor, ModelError> {
+        let mut x = Tensor::f_cat(&[&context.f_to_kind(state.f_kind()?)?, state], -1)?;
+        if let Some(input) = &self.input {
+            x = input.forward(&x)?;
+        }
+        for block in &self.blocks {
+            x = block.residual(&x)?;
+        }
+        Ok(x.f_to_kind(self.head.f_kind()?)?.f_linear(&self.head, None::<&Tensor>)?)
+    }
+
+    /// Embeddings of tokens `[rows]` from the model's table.
+    pub fn embed(model: &Transformer, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(Tensor::f_embedding(model.embedding(), tokens, -1, false, false)?)
+    }
+
+    /// Rows of the head to tokens of the model.
+    pub fn tokens(&self, rows: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(match &self.tokens {
+            Some(tokens) => tokens.f_index_select(0, rows)?,
+            None => rows.shallow_clone(),
+        })
+    }
+
+    /// Probabilities over the head's rows, `[rows, head rows]`, spread over the model's vocabulary.
+    pub fn spread(&self, probabilities: Tensor, vocab_size: usize) -> Result<Tensor, ModelError> {
+        let Some(tokens) = &self.tokens else { return Ok(probabilities) };
+        let shape = [probabilities.size()[0], vocab_size as i64];
+        let zeros = Tensor::f_zeros(shape, (probabilities.f_kind()?, probabilities.device()))?;
+        Ok(zeros.f_index_copy(1, tokens, &probabilities)?)
+    }
+
+    /// The `shape.width` best continuations of `root` by `shape.length` tokens. `context` is `[1, hidden]`.
+    pub fn search(&self, model: &Transformer, context: &Tensor, root: u32, shape: Shape) -> Result<Search, ModelError> {
+        let device = context.device();
+        let kept = KEPT.min(self.settings.rows as i64);
+        let root = Tensor::f_from_slice(&[i64::from(root)])?.f_to_device(device)?;
+        // One beam until the first choice: the others would be copies of it.
+        let mut state = self.advance(&Self::embed(model, &root)?, None)?;
+        let mut scores: Option<Tensor> = None;
+        let mut steps: Vec<Tensor> = Vec::with_capacity(2 * shape.length);
+        for step in 0..shape.length {
+            let beams = state.size()[0];
+            let logits = self.logits(&context.f_expand([beams, -1], false)?, &state)?.f_to_kind(Kind::Float)?;
+            let (best, rows) = logits.f_topk(kept, -1, true, true)?;
+            let mut total = best.f_log_softmax(-1, Kind::Float)?;
+            if let Some(scores) = &scores {
+                total = total.f_add(&scores.f_unsqueeze(1)?)?;
+            }
+            let width = (shape.width as i64).min(beams * kept);
+            let (score, place) = total.f_view(-1)?.f_topk(width, 0, true, true)?;
+            let tokens = self.tokens(&rows.f_view(-1)?.f_index_select(0, &place)?)?;
+            let parents = place.f_div_scalar_mode(kept, "floor")?;
+            if step + 1 < shape.length {
+                state = self.advance(&Self::embed(model, &tokens)?, Some(&state.f_index_select(0, &parents)?))?;
+            }
+            scores = Some(score);
+            steps.extend([tokens, parents]);
+        }
+        let Some(scores) = scores else { return Ok(Search { beams: vec![], scores: vec![] }) };
+        let scores: Vec<f32> = Vec::try_from(&scores.f_to_device(crate::tensor::Device::Cpu)?)?;
+        let all = Tensor::f_cat(&steps, 0)?.f_to_device(crate::tensor::Device::Cpu)?;
+        Ok(Search { beams: trace(&Vec::<i64>::try_from(&all)?, &steps, scores.len()), scores })
+    }
+
+    pub fn bytes(&self) -> usize {
+        let linears = self.input.iter().chain(&self.blocks).chain(self.recurrence.as_ref().map(|(u, _)| u));
+        linears.map(Linear::bytes).sum::<usize>() + bytes(&self.head) + self.recurrence.as_ref().map_or(0, |(_, w)| bytes(w))
+    }
+}
+
+/// `d2t` to the tokens themselves.
+fn rows_to_tokens(offsets: &Tensor) -> Result<Tensor, ModelError> {
+    let rows = Tensor::f_arange(offsets.size()[0], (Kind::Int64, offsets.device()))?;
+    Ok(rows.f_add(&offsets.f_round()?.f_to_kind(Kind::Int64)?)?)
+}
+
+/// The tokens of each beam, from each step's tokens and the beams that they go on from.
+fn trace(flat: &[i64], steps: &[Tensor], width: usize) -> Vec<Vec<u32>> {
+    let mut ends = Vec::with_capacity(steps.len());
+    let mut end = 0;
+    for step in steps {
+        ends.push(end);
+        end += step.size()[0] as usize;
+    }
+    let beam = |last: usize| {
+        let (mut beam, mut at) = (vec![], last);
+        for pair in ends.chunks(2).rev() {
+            beam.push(flat[pair[0] + at] as u32);
+            at = flat[pair[1] + at] as usize;
+        }
+        beam.reverse();
+        beam
+    };
+    (0..width).map(beam).collect()
+}
+
+/// The head's beam search as a drafter.
+pub struct Beams(pub Redrafter);
+
+impl Drafter for Beams {
+    fn draft(&self, context: &Context) -> Result<Draft, ModelError> {
+        let found = self.0.search(context.model, context.hidden, context.root(), context.asked.shape)?;
+        let tree = Tree::from_beams(context.root(), found.beams.iter().map(Vec::as_slice));
+        Ok(Draft { tree, proposal: None })
+    }
+
+    fn limit(&self) -> Shape {
+        Shape { width: 4, length: 8 }
+    }
+
+    fn usual(&self) -> Shape {
+        Shape { width: 4, length: 4 }
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    fn forwards(&self, shape: Shape) -> usize {
+        shape.length
+    }
+}

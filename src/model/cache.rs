@@ -1,0 +1,91 @@
+//! Keys and values of what a sequence has run already, so that a forward runs its new tokens only.
+//!
+//! Room is taken once, for the longest that the sequence may become. A forward writes behind what is kept and then says how much
+//! of it stays: all (prefill, a plain step), or one path of a tree of candidates ([`KvCache::keep`]). The cache knows nothing of
+//! tokens; [`super::Transformer::extend`] is its one writer.
+
+use super::ModelError;
+use crate::checkpoint::config::ModelConfig;
+use crate::tensor::{Kind, Placement, Tensor};
+
+/// Keys (rotated) and values of every layer.
+pub struct KvCache {
+    /// `[layers, 2, batch, kv_heads, capacity, head_dim]`: one tensor, so that a path is kept in one selection for all layers.
+    data: Tensor,
+    /// Views of `data` for each layer: keys and values, `[batch, kv_heads, capacity, head_dim]`.
+    layers: Vec<(Tensor, Tensor)>,
+    length: usize,
+}
+
+impl KvCache {
+    /// Room for `capacity` positions of `batch` sequences of one length.
+    pub fn new(config: &ModelConfig, placement: Placement, batch: usize, capacity: usize) -> Result<Self, ModelError> {
+        let shape = [config.layers, 2, batch, config.kv_heads, capacity, config.head_dim].map(|n| n as i64);
+        let data = Tensor::f_zeros(shape, (placement.dtype.kind(), placement.device))?;
+        let view = |layer: i64| -> Result<_, ModelError> {
+            let layer = data.f_get(layer)?;
+            Ok((layer.f_get(0)?, layer.f_get(1)?))
+        };
+        let layers = (0..config.layers as i64).map(view).collect::<Result<_, _>>()?;
+        Ok(Self { data, layers, length: 0 })
+    }
+
+    /// Positions kept.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// Positions that there is room for.
+    pub fn capacity(&self) -> usize {
+        self.data.size()[4] as usize
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.data.numel() * self.data.kind().elt_size_in_bytes()
+    }
+
+    /// Writes `key` and `value` (`[batch, kv_heads, seq, head_dim]`) of `layer` behind what is kept, and gives the first `visible`
+    /// positions of both. What is kept grows with [`KvCache::keep`] only.
+    pub(super) fn write(
+        &self,
+        layer: usize,
+        key: &Tensor,
+        value: &Tensor,
+        visible: usize,
+    ) -> Result<(Tensor, Tensor), ModelError> {
+        let (keys, values) = &self.layers[layer];
+        let (start, count) = (self.length as i64, key.size()[2]);
+        keys.f_narrow(2, start, count)?.f_copy_(key)?;
+        values.f_narrow(2, start, count)?.f_copy_(value)?;
+        Ok((keys.f_narrow(2, 0, visible as i64)?, values.f_narrow(2, 0, visible as i64)?))
+    }
+
+    /// Of the tokens that the last forward wrote, keeps those with these indices, in this order; the others are forgotten.
+    pub fn keep(&mut self, path: &[usize]) -> Result<(), ModelError> {
+        let start = self.length as i64;
+        let in_place = path.iter().enumerate().all(|(at, index)| at == *index);
+        if let (false, Some(last)) = (in_place, path.iter().max()) {
+            let index: Vec<i64> = path.iter().map(|index| *index as i64).collect();
+            let index = Tensor::f_from_slice(&index)?.f_to_device(self.data.device())?;
+            let kept = self.data.f_narrow(4, start, *last as i64 + 1)?.f_index_select(4, &index)?;
+            self.data.f_narrow(4, start, path.len() as i64)?.f_copy_(&kept)?;
+        }
+        self.length += path.len();
+        Ok(())
+    }
+
+    /// Forgets everything from position `length` on.
+    pub fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
+    }
+
+    /// Keys and values kept, `[layers, 2, batch, kv_heads, len, head_dim]` in f32, for comparisons.
+    pub fn kept(&self) -> Result<Tensor, ModelError> {
+        Ok(self.data.f_narrow(4, 0, self.length as i64)?.f_to_kind(Kind::Float)?)
+    }
+}
