@@ -132,6 +132,8 @@ pub struct Autoregressive {
     tree: Tree,
     /// What [`Decoder::kept`] answers.
     kept: Vec<usize>,
+    /// Row, among those wanted last, after which the last committed token was chosen.
+    row: usize,
     adaptation: Option<Adaptation>,
     speculation: Speculation,
     step: usize,
@@ -259,11 +261,13 @@ impl Decoder for Autoregressive {
             if self.cached < self.known() {
                 return Step { step: self.step, block: 0, edits: vec![] };
             }
+            self.row = 0;
             chosen.push(&rows[0]);
         } else {
             let ends = &self.parameters.ends;
             self.kept = self.tree.walk(|node| rows[node].token, |token| ends.contains(&token), self.remaining());
             self.cached += self.kept.len();
+            self.row = self.kept.last().copied().unwrap_or(0);
             if !self.tree.is_empty() {
                 self.speculation.record(&self.tree, self.kept.len() - 1);
                 // What the end of the text cut off was neither right nor wrong.
@@ -328,7 +332,7 @@ impl Decoder for Autoregressive {
         }
         Some(Drafting {
             drafter: drafts.drafter,
-            row: self.kept.len() - 1,
+            row: self.row,
             shape: Shape { length: shape.length.min(room), ..shape },
             temperature: self.parameters.sampling.temperature,
             seed: mix(self.parameters.seed ^ !mix(self.step as u64)),
