@@ -41,8 +41,8 @@ def apple(folder):
     package = types.ModuleType("recurrent_drafting")
     package.__path__ = [str(folder / "recurrent_drafting")]
     sys.modules["recurrent_drafting"] = package
-    names = ["configuration_drafter", "modeling_drafter", "modeling_llama", "tree_attention", "recurrent_drafting", "autoregressive",
-             "stats"]
+    names = ["configuration_drafter", "modeling_drafter", "modeling_llama", "tree_attention", "recurrent_drafting",
+             "autoregressive", "stats"]
     return types.SimpleNamespace(**{n: importlib.import_module(f"recurrent_drafting.{n}") for n in names})
 
 
@@ -74,7 +74,7 @@ def new_drafter(ap, seed, **shape):
 
 
 def greedy_texts(theirs, count, prompt, length, vocab):
-    """Texts of the base model, `prompt` random tokens and its greedy continuation, and its hidden states: [count, length, ..]."""
+    """`prompt` random tokens and the base model's greedy continuation, and its hidden states: [count, length, ..]."""
     ids = common.token_ids(71, (count, prompt), vocab, (BOS, EOS))
     out = theirs(ids, use_cache=True, output_hidden_states=True)
     hidden = [out.hidden_states[-1]]
@@ -198,7 +198,7 @@ def beam_cases(ap, name, drafter, contexts, inits, embeddings):
 
 
 def clear_contexts(ap, drafter, embeddings, draw):
-    """The first three (context, init token) from `draw(seed)` whose searches are far from ties and whose chains do not stand still."""
+    """The first three (context, init token) of `draw(seed)` that no search finds near a tie and whose best chain moves."""
     kept = []
     for seed in range(2000):
         context, init = draw(seed)
@@ -265,7 +265,8 @@ def speculative(ap, model, prompt, count, width, length):
     args = dict(beam_shape=ap.modeling_drafter.BeamShape(width, length), sampling_args=rd.SamplingArgs(1.0, True),
                 special_tokens=rd.SpecialTokens(NO_PAD, None))
     texts = []
-    with mock.patch.object(drafter, "beam_search_candidates", drafting), mock.patch.object(rd, "_greedy_choose_from_candidates", choosing):
+    draft_here = mock.patch.object(drafter, "beam_search_candidates", drafting)
+    with draft_here, mock.patch.object(rd, "_greedy_choose_from_candidates", choosing):
         for ids in model.generate(ap.stats.Ledger(), torch.tensor([prompt]), len(prompt) + count, **args):
             texts.append(ids[0, len(prompt):].tolist())
     done = 1
@@ -295,7 +296,7 @@ def greedy_cases(ap, model, theirs, vocab, count=40, width=5, length=5):
 
         cases.append(common.first_good(range(20000), attempt))
         case = cases[-1]
-        print(f"  {case['name']}: {len(case['steps'])} steps, accepted {[s['accepted'] for s in case['steps']]}, gap {case['min_gap']}")
+        print(f"  {case['name']}: accepted {[s['accepted'] for s in case['steps']]}, gap {case['min_gap']}")
     return cases
 
 
@@ -342,8 +343,8 @@ def sampled(ap, drafter, context, init, embeddings, temperature=0.8, width=3, le
             kept[key] = (uniforms[0], residual_of(ap, log_q, log_p, beam, accepted))
     keys = sorted(kept)
     print("  sampled (beam, accepted):", keys, "ratios", ratio[0].tolist())
-    return {"beams": beams[0], "packed": packed[0], "log_q": log_q[0], "logits": logits, "unpacker": unpacker[0], "log_p": log_p[0],
-            "temperature": torch.tensor(temperature), "uniforms": torch.stack([kept[k][0] for k in keys]),
+    return {"beams": beams[0], "packed": packed[0], "unpacker": unpacker[0], "log_q": log_q[0], "logits": logits,
+            "log_p": log_p[0], "temperature": torch.tensor(temperature), "uniforms": torch.stack([kept[k][0] for k in keys]),
             "beam": torch.tensor([k[0] for k in keys]), "accepted": torch.tensor([k[1] for k in keys]),
             "next_weights": torch.stack([kept[k][1] for k in keys])}
 
