@@ -62,7 +62,7 @@ fn broken(file: &str, bytes: &[u8]) -> tempfile::TempDir {
 #[test]
 fn help_lists_the_commands() {
     let help = well(&["--help"]);
-    for name in ["serve", "generate", "inspect", "train", "eval", "bench"] {
+    for name in ["serve", "generate", "inspect", "import", "train", "eval", "bench"] {
         assert!(help.contains(&format!("\n  {name} ")), "{name}: {help}");
         assert!(well(&[name, "--help"]).contains("Usage: lacuna "), "{name}");
     }
@@ -131,7 +131,40 @@ fn a_broken_folder_is_one_clear_line() {
         }
     }
     let message = ill(&["inspect", "models/none"], 1);
-    assert_eq!(message, "error: there is no model folder models/none: name one that holds config.json\n");
+    assert_eq!(message, "error: there is no model folder models/none: name one that holds config.json, or a GGUF file\n");
+}
+
+#[test]
+fn a_gguf_file_is_imported_or_run_as_it_is() {
+    let file = "tests/fixtures/gguf/llama.gguf";
+    let parent = tempfile::tempdir().unwrap();
+    let folder = parent.path().join("new/model");
+    let folder = folder.to_str().unwrap();
+    let arguments = ["import", file, folder, "--dtype", "f16"];
+    let summary = well(&arguments);
+    for line in ["architecture  LlamaForCausalLM", "parameters    875776", "written as    f16"] {
+        assert!(summary.lines().any(|l| l == line), "{line}: {summary}");
+    }
+    assert!(summary.contains("tensors       1 bf16, 1 f16, 5 f32, 2 q4_0, 1 q4_1, 3 q4_k, "), "{summary}");
+    let message = ill(&arguments, 1);
+    assert!(message.contains("is not empty: name another folder, or write into it with --force"), "{message}");
+    well(&[&arguments[..], &["--force"]].concat());
+    let facts = |model: &str| {
+        let mut facts = json(&well(&["inspect", model, "--json"]));
+        assert_eq!(facts["problems"], serde_json::json!([]), "{model}");
+        for field in ["name", "dtype_stored", "bytes_stored"] {
+            facts[field] = Value::Null;
+        }
+        facts
+    };
+    assert_eq!(facts(file), facts(folder));
+
+    let message = ill(&["import", MODEL, folder], 1);
+    assert!(message.contains("is a folder: import takes a GGUF file"), "{message}");
+    let message = ill(&["import", "Cargo.toml", folder, "--force"], 1);
+    assert_eq!(message, "error: Cargo.toml: it does not begin with GGUF: it is no GGUF file\n");
+    let message = ill(&["import", file, "Cargo.toml"], 1);
+    assert!(message.contains("cannot read Cargo.toml: "), "{message}");
 }
 
 #[test]

@@ -36,26 +36,33 @@ impl ChatTemplate {
     /// `chat_template.jinja` where present, else the `chat_template` of `tokenizer_config.json`; `None` without either.
     pub fn read(folder: &Path, settings: &Value) -> Result<Option<Self>, CheckpointError> {
         let path = folder.join("chat_template.jinja");
-        let source = if path.exists() {
-            Some(std::fs::read_to_string(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?)
+        let read = if path.exists() {
+            let source = std::fs::read_to_string(&path).map_err(|source| CheckpointError::Read { path, source })?;
+            Self::compile(source, settings).map(Some)
         } else {
-            match settings.get("chat_template") {
-                Some(Value::String(source)) => Some(source.clone()),
-                // Several named templates: the default one serves.
-                Some(Value::Array(list)) => list.iter().find_map(|entry| {
-                    (entry.get("name")?.as_str()? == "default").then(|| entry.get("template")?.as_str().map(str::to_owned))?
-                }),
-                _ => None,
-            }
+            Self::from_settings(settings)
         };
-        let Some(source) = source else { return Ok(None) };
-        Self::compile(source, settings).map(Some).map_err(|e| CheckpointError::Config {
-            path: folder.join("tokenizer_config.json"),
-            reason: format!("chat template: {e:#}"),
-        })
+        read.map_err(|reason| CheckpointError::Config { path: folder.join("tokenizer_config.json"), reason })
     }
 
-    fn compile(source: String, settings: &Value) -> Result<Self, minijinja::Error> {
+    /// The `chat_template` of a parsed `tokenizer_config.json`, if it has one.
+    pub fn from_settings(settings: &Value) -> Result<Option<Self>, String> {
+        let source = match settings.get("chat_template") {
+            Some(Value::String(source)) => Some(source.clone()),
+            // Several named templates: the default one serves.
+            Some(Value::Array(list)) => list.iter().find_map(|entry| {
+                (entry.get("name")?.as_str()? == "default").then(|| entry.get("template")?.as_str().map(str::to_owned))?
+            }),
+            _ => None,
+        };
+        source.map(|source| Self::compile(source, settings)).transpose()
+    }
+
+    fn compile(source: String, settings: &Value) -> Result<Self, String> {
+        Self::compiled(source, settings).map_err(|e| format!("chat template: {e:#}"))
+    }
+
+    fn compiled(source: String, settings: &Value) -> Result<Self, minijinja::Error> {
         let mut environment = Environment::new();
         environment.set_fuel(Some(FUEL));
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);

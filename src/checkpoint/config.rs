@@ -166,19 +166,23 @@ impl GenerationConfig {
     pub fn read(folder: &Path, config: &Value) -> Result<Self, CheckpointError> {
         let path = folder.join("generation_config.json");
         let json = if path.exists() { read_json(&path)? } else { Value::Null };
-        let wrong = |reason| CheckpointError::Config { path: path.clone(), reason };
-        let mut eos_token_ids = token_ids(&json, "eos_token_id").map_err(wrong)?;
+        Self::from_json(&json, config).map_err(|reason| CheckpointError::Config { path, reason })
+    }
+
+    /// Takes the parsed `generation_config.json`, null where there is none, and `config.json`.
+    pub fn from_json(json: &Value, config: &Value) -> Result<Self, String> {
+        let mut eos_token_ids = token_ids(json, "eos_token_id")?;
         if eos_token_ids.is_empty() {
-            eos_token_ids = token_ids(config, "eos_token_id").map_err(wrong)?;
+            eos_token_ids = token_ids(config, "eos_token_id")?;
         }
-        let sampled = flag(&json, "do_sample").map_err(wrong)?.unwrap_or(true);
+        let sampled = flag(json, "do_sample")?.unwrap_or(true);
         Ok(Self {
             eos_token_ids,
-            temperature: if sampled { number(&json, "temperature").map_err(wrong)? } else { None },
-            top_p: number(&json, "top_p").map_err(wrong)?,
+            temperature: if sampled { number(json, "temperature")? } else { None },
+            top_p: number(json, "top_p")?,
             // 0 means all tokens there.
-            top_k: token_id(&json, "top_k").map_err(wrong)?.filter(|k| *k > 0),
-            max_new_tokens: token_id(&json, "max_new_tokens").map_err(wrong)?.map(|n| n as usize),
+            top_k: token_id(json, "top_k")?.filter(|k| *k > 0),
+            max_new_tokens: token_id(json, "max_new_tokens")?.map(|n| n as usize),
             diffusion: json.get("diffusion").filter(|value| !value.is_null()).cloned(),
             autoregressive: json.get("autoregressive").filter(|value| !value.is_null()).cloned(),
         })

@@ -1,10 +1,12 @@
-//! Model folders in the Hugging Face layout: settings, tokenizer, chat template and weights, checked before anything is served.
+//! Model folders in the Hugging Face layout, and GGUF files: settings, tokenizer, chat template and weights, checked before
+//! anything is served.
 //!
 //! [`Checkpoint::open`] reads everything but the weights' bytes; [`Checkpoint::load`] builds the network. It knows the families
 //! only through their data ([`crate::model::family`]) and nothing of decoding.
 
 pub mod chat;
 pub mod config;
+pub mod gguf;
 pub mod tokenizer;
 pub mod weights;
 
@@ -16,11 +18,12 @@ use thiserror::Error;
 
 use crate::model::{ModelError, TensorSpec, Transformer, manifest};
 use crate::tensor::{Placement, TchError};
+use chat::ChatTemplate;
 use config::{GenerationConfig, ModelConfig};
 use tokenizer::Tokenizer;
 use weights::{WeightFiles, WeightSource};
 
-/// A model folder cannot be used, and why.
+/// A model folder or file cannot be used, and why.
 #[derive(Debug, Error)]
 pub enum CheckpointError {
     #[error("cannot read {path}: {source}")]
@@ -48,9 +51,9 @@ fn summary(problems: &[String]) -> String {
     if problems.len() > 5 { format!("{shown}; and {} more", problems.len() - 5) } else { shown }
 }
 
-/// An opened model folder.
+/// An opened model folder or GGUF file.
 pub struct Checkpoint {
-    pub folder: PathBuf,
+    pub path: PathBuf,
     pub config: ModelConfig,
     pub generation: GenerationConfig,
     pub tokenizer: Tokenizer,
@@ -60,8 +63,18 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads settings, tokenizer and weight headers. A folder that opens may still have [`Checkpoint::problems`].
-    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+    /// Reads settings, tokenizer and weight headers of a folder, or of a GGUF file if `path` is a file. What opens may still
+    /// have [`Checkpoint::problems`].
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        if path.is_file() {
+            let (json, files) = gguf::open(path)?;
+            Self::from_gguf(path, &json, files)
+        } else {
+            Self::open_folder(path)
+        }
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self, CheckpointError> {
         let json = config::read_json(&folder.join("config.json"))?;
         let config = ModelConfig::from_json(&json)
             .map_err(|reason| CheckpointError::Config { path: folder.join("config.json"), reason })?;
@@ -69,16 +82,27 @@ impl Checkpoint {
         let tokenizer = Tokenizer::open(folder)?;
         let files = WeightFiles::open(folder)?;
         let mask_token_id = mask_token_id(&config, &tokenizer);
-        Ok(Self { folder: folder.into(), config, generation, tokenizer, files, mask_token_id })
+        Ok(Self { path: folder.into(), config, generation, tokenizer, files, mask_token_id })
     }
 
-    /// A short name for the model: its folder's.
+    fn from_gguf(path: &Path, json: &gguf::Folder, files: WeightFiles) -> Result<Self, CheckpointError> {
+        let wrong = |reason| CheckpointError::Config { path: path.into(), reason };
+        let config = ModelConfig::from_json(&json.config).map_err(wrong)?;
+        let generation = GenerationConfig::from_json(&json.generation, &json.config).map_err(wrong)?;
+        let tokenizer = Tokenizer::new(json.tokenizer.to_string().as_bytes(), &json.tokenizer_config).map_err(wrong)?;
+        let tokenizer = tokenizer.with_chat(ChatTemplate::from_settings(&json.tokenizer_config).map_err(wrong)?);
+        let mask_token_id = mask_token_id(&config, &tokenizer);
+        Ok(Self { path: path.into(), config, generation, tokenizer, files, mask_token_id })
+    }
+
+    /// A short name for the model: its folder's, or its file's without the ending.
     pub fn name(&self) -> String {
-        let folder = self.folder.canonicalize().unwrap_or_else(|_| self.folder.clone());
-        folder.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+        let path = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+        let name = path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
+        name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
     }
 
-    /// Everything that keeps this folder from being served, each naming what is wrong.
+    /// Everything that keeps this model from being served, each naming what is wrong.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.files.check(&manifest(&self.config));
         let (tokens, rows) = (self.tokenizer.size(), self.config.vocab_size);
@@ -127,11 +151,20 @@ fn mask_token_id(config: &ModelConfig, tokenizer: &Tokenizer) -> Result<u32, Str
 /// Writes a file so that a crash leaves the old one or the new one, never half of it.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
     let fail = |source| CheckpointError::Write { path: path.into(), source };
+    write_atomically_with(path, |file| file.write_all(bytes).map_err(fail))
+}
+
+/// Likewise, with what `write` writes.
+fn write_atomically_with(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    let fail = |source| CheckpointError::Write { path: path.into(), source };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // Temporary files are private by default; this one becomes a file like any other, so the umask decides.
     let mode = std::fs::Permissions::from_mode(0o666);
     let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(folder).map_err(fail)?;
-    file.write_all(bytes).map_err(fail)?;
+    write(&mut file)?;
     file.as_file().sync_all().map_err(fail)?;
     file.persist(path).map_err(|e| fail(e.error))?;
     Ok(())

@@ -19,15 +19,24 @@ impl Tokenizer {
         let path = folder.join("tokenizer.json");
         let wrong = |reason: String| CheckpointError::Config { path: path.clone(), reason };
         let bytes = std::fs::read(&path).map_err(|source| CheckpointError::Read { path: path.clone(), source })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| wrong(e.to_string()))?;
-        // Truncation or padding saved with the file would silently change prompts.
-        inner.with_truncation(None).map_err(|e| wrong(e.to_string()))?;
-        inner.with_padding(None);
         let settings = folder.join("tokenizer_config.json");
         let settings = if settings.exists() { super::config::read_json(&settings)? } else { Value::Null };
-        let mask_token_id = special(&settings, "mask_token").and_then(|token| inner.token_to_id(&token));
-        let chat = ChatTemplate::read(folder, &settings)?;
-        Ok(Self { inner, mask_token_id, chat })
+        let tokenizer = Self::new(&bytes, &settings).map_err(wrong)?;
+        Ok(tokenizer.with_chat(ChatTemplate::read(folder, &settings)?))
+    }
+
+    /// Takes the bytes of `tokenizer.json` and the parsed `tokenizer_config.json`, but for its chat template.
+    pub fn new(json: &[u8], settings: &Value) -> Result<Self, String> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| e.to_string())?;
+        // Truncation or padding saved with the file would silently change prompts.
+        inner.with_truncation(None).map_err(|e| e.to_string())?;
+        inner.with_padding(None);
+        let mask_token_id = special(settings, "mask_token").and_then(|token| inner.token_to_id(&token));
+        Ok(Self { inner, mask_token_id, chat: None })
+    }
+
+    pub fn with_chat(self, chat: Option<ChatTemplate>) -> Self {
+        Self { chat, ..self }
     }
 
     /// One more than the largest token id.

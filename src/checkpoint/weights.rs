@@ -1,4 +1,4 @@
-//! Safetensors files of one model, memory-mapped: a single `model.safetensors`, or shards under an index.
+//! The tensors of one model, memory-mapped: a single `model.safetensors`, or shards under an index, or a GGUF file's.
 //!
 //! [`WeightFiles::check`] compares names, shapes and types with what the network needs before a byte is converted, so that a
 //! broken checkpoint is one precise error and not a surprise at the first request.
@@ -8,19 +8,32 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype as StoredType, SafeTensors};
 
 use super::CheckpointError;
+use super::gguf::blocks::Block;
+use super::gguf::reader::Info;
 use crate::model::{Source, TensorSpec};
 use crate::tensor::{Dtype, Kind, Placement, Tensor};
+
+/// How numbers are stored.
+#[derive(Clone, Copy, Debug)]
+enum Stored {
+    Plain(StoredType),
+    /// ggml's blocks, which unpack to f32.
+    Blocks(Block),
+}
 
 /// One tensor's place in a file.
 struct Entry {
     file: usize,
     shape: Vec<i64>,
-    stored: StoredType,
+    stored: Stored,
     /// Byte range in the file.
     range: std::ops::Range<usize>,
+    /// The rows of each of so many heads lie interleaved: 0, n/2, 1, n/2 + 1, … (llama.cpp's order).
+    interleaved: Option<i64>,
 }
 
 /// The mapped files and where each tensor lies in them.
@@ -56,7 +69,7 @@ impl WeightFiles {
                     )));
                 }
                 let shape = info.shape.iter().map(|n| *n as i64).collect();
-                let entry = Entry { file: files.len(), shape, stored: info.dtype, range };
+                let entry = Entry { file: files.len(), shape, stored: Stored::Plain(info.dtype), range, interleaved: None };
                 if entries.insert(name.clone(), entry).is_some() {
                     return Err(wrong(format!("tensor {name} is in two shards")));
                 }
@@ -72,6 +85,27 @@ impl WeightFiles {
         Ok(Self { files, entries })
     }
 
+    /// The tensors of a mapped GGUF file: name, place, and how many heads' rows are interleaved, if they are.
+    pub(super) fn from_gguf(
+        path: &Path,
+        map: Mmap,
+        tensors: impl Iterator<Item = (String, Info, Option<i64>)>,
+    ) -> Result<Self, String> {
+        let mut entries = BTreeMap::new();
+        for (name, Info { shape, block, range }, interleaved) in tensors {
+            let stored = match block {
+                Block::F32 => Stored::Plain(StoredType::F32),
+                Block::F16 => Stored::Plain(StoredType::F16),
+                Block::BF16 => Stored::Plain(StoredType::BF16),
+                quantized => Stored::Blocks(quantized),
+            };
+            if entries.insert(name.clone(), Entry { file: 0, shape, stored, range, interleaved }).is_some() {
+                return Err(format!("two tensors mean {name}"));
+            }
+        }
+        Ok(Self { files: vec![(path.into(), map)], entries })
+    }
+
     /// What stands between these files and the network that `needed` describes; empty when nothing does.
     pub fn check(&self, needed: &[TensorSpec]) -> Vec<String> {
         let mut problems = Vec::new();
@@ -83,8 +117,8 @@ impl WeightFiles {
                 Some(entry) if entry.shape != spec.shape => {
                     problems.push(format!("tensor {} has shape {:?}, not {:?}", spec.name, entry.shape, spec.shape));
                 }
-                Some(entry) if kind(entry.stored).is_none() => {
-                    problems.push(format!("tensor {} is of type {:?}: f32, f16 and bf16 can be read", spec.name, entry.stored));
+                Some(Entry { stored: Stored::Plain(stored), .. }) if kind(*stored).is_none() => {
+                    problems.push(format!("tensor {} is of type {stored:?}: f32, f16 and bf16 can be read", spec.name));
                 }
                 Some(_) => {}
             }
@@ -103,23 +137,49 @@ impl WeightFiles {
 
     /// Types in which tensors are stored, in our names where they have one.
     pub fn stored_types(&self) -> BTreeSet<String> {
-        self.entries.values().map(|entry| format!("{:?}", entry.stored).to_lowercase()).collect()
+        self.type_counts().into_keys().collect()
+    }
+
+    /// Likewise, with how many tensors are of each.
+    pub fn type_counts(&self) -> BTreeMap<String, usize> {
+        let mut types = BTreeMap::new();
+        for entry in self.entries.values() {
+            let name = match entry.stored {
+                Stored::Plain(stored) => format!("{stored:?}"),
+                Stored::Blocks(block) => format!("{block:?}"),
+            };
+            *types.entry(name.to_lowercase()).or_default() += 1;
+        }
+        types
     }
 
     pub fn file_count(&self) -> usize {
         self.files.len()
     }
 
-    /// The tensor in its stored type on the CPU.
+    /// The tensor in its stored type on the CPU; blocks come unpacked.
     pub fn stored(&self, name: &str) -> Result<Tensor, CheckpointError> {
         let Some(entry) = self.entries.get(name) else {
             return Err(CheckpointError::Problems(vec![format!("tensor {name} is missing")]));
         };
         let (path, map) = &self.files[entry.file];
         let wrong = |reason: String| CheckpointError::Weights { path: path.clone(), reason };
-        let kind = kind(entry.stored).ok_or_else(|| wrong(format!("tensor {name} is of type {:?}", entry.stored)))?;
-        Tensor::f_from_data_size(&map[entry.range.clone()], &entry.shape, kind)
-            .map_err(|e| wrong(format!("tensor {name}: {e}")))
+        let bytes = &map[entry.range.clone()];
+        let tensor = match entry.stored {
+            Stored::Plain(stored) => {
+                let kind = kind(stored).ok_or_else(|| wrong(format!("tensor {name} is of type {stored:?}")))?;
+                Tensor::f_from_data_size(bytes, &entry.shape, kind)
+            }
+            Stored::Blocks(block) => Tensor::f_from_slice(&block.dequantize(bytes)).and_then(|flat| flat.f_view(&*entry.shape)),
+        };
+        let ordered = |tensor: Tensor| match entry.interleaved {
+            None => Ok(tensor),
+            Some(heads) => tensor
+                .f_view([heads, entry.shape[0].checked_div(2 * heads).unwrap_or(0), 2, -1])?
+                .f_transpose(1, 2)?
+                .f_reshape(&*entry.shape),
+        };
+        tensor.and_then(ordered).map_err(|e| wrong(format!("tensor {name}: {e}")))
     }
 
     /// Loads with conversion; refuses a tensor that holds NaN or infinity.
@@ -158,28 +218,58 @@ impl Source for WeightSource<'_> {
 
 /// Writes tensors as one safetensors file in `dtype`, atomically: a reader sees the old file or the new one.
 pub fn save(path: &Path, tensors: &[(String, Tensor)], dtype: Dtype) -> Result<(), CheckpointError> {
+    let specs: Vec<_> = tensors.iter().map(|(name, tensor)| TensorSpec { name: name.clone(), shape: tensor.size() }).collect();
+    let mut rest = tensors.iter();
+    save_each(path, &specs, dtype, &mut |spec| match rest.next() {
+        Some((_, tensor)) => Ok(tensor.shallow_clone()),
+        None => Err(CheckpointError::Problems(vec![format!("tensor {} is missing", spec.name)])),
+    })
+}
+
+/// Likewise, with one tensor after the other asked for in the order of `specs`: no two need be in memory together.
+pub fn save_each(
+    path: &Path,
+    specs: &[TensorSpec],
+    dtype: Dtype,
+    tensor: &mut dyn FnMut(&TensorSpec) -> Result<Tensor, CheckpointError>,
+) -> Result<(), CheckpointError> {
     let stored = match dtype {
         Dtype::F32 => StoredType::F32,
         Dtype::F16 => StoredType::F16,
         Dtype::Bf16 => StoredType::BF16,
     };
-    let mut parts = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(dtype.kind())?.f_contiguous()?;
-        let shape: Vec<usize> = tensor.size().iter().map(|n| *n as usize).collect();
-        let mut bytes = vec![0u8; tensor.numel() * dtype.size()];
-        let elements = tensor.numel();
-        tensor.f_copy_data_u8(&mut bytes, elements)?;
-        parts.push((name.clone(), shape, bytes));
-    }
     let wrong = |reason: String| CheckpointError::Weights { path: path.into(), reason };
-    let views = parts.iter().map(|(name, shape, bytes)| {
-        safetensors::tensor::TensorView::new(stored, shape.clone(), bytes).map(|view| (name.as_str(), view))
+    let mut end = 0;
+    let places = specs.iter().map(|spec| {
+        let shape: Vec<_> = spec.shape.iter().map(|n| *n as usize).collect();
+        let start = end;
+        end += shape.iter().product::<usize>() * dtype.size();
+        (spec.name.clone(), TensorInfo { dtype: stored, shape, data_offsets: (start, end) })
     });
-    let views = views.collect::<Result<Vec<_>, _>>().map_err(|e| wrong(e.to_string()))?;
+    let places: Vec<_> = places.collect();
     let format = Some([("format".to_string(), "pt".to_string())].into());
-    let bytes = safetensors::serialize(views, format).map_err(|e| wrong(e.to_string()))?;
-    super::write_atomically(path, &bytes)
+    let header = Metadata::new(format, places).map_err(|e| wrong(e.to_string()))?;
+    let mut header = serde_json::to_vec(&header).map_err(|e| wrong(e.to_string()))?;
+    // The data begins on a multiple of 8 bytes, which the format fills up to with spaces.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    super::write_atomically_with(path, |file| {
+        let mut write =
+            |bytes: &[u8]| file.write_all(bytes).map_err(|source| CheckpointError::Write { path: path.into(), source });
+        write(&(header.len() as u64).to_le_bytes())?;
+        write(&header)?;
+        for spec in specs {
+            let tensor = tensor(spec)?;
+            if tensor.size() != spec.shape {
+                return Err(wrong(format!("tensor {} has shape {:?}, not {:?}", spec.name, tensor.size(), spec.shape)));
+            }
+            let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(dtype.kind())?.f_contiguous()?;
+            let elements = tensor.numel();
+            let mut bytes = vec![0u8; elements * dtype.size()];
+            tensor.f_copy_data_u8(&mut bytes, elements)?;
+            write(&bytes)?;
+        }
+        Ok(())
+    })
 }
 
 fn kind(stored: StoredType) -> Option<Kind> {

@@ -15,7 +15,7 @@ use crate::tensor::{Dtype, Placement};
 
 #[derive(Args, Debug)]
 pub struct Options {
-    /// Model folder in Hugging Face layout
+    /// Model folder in Hugging Face layout, or GGUF file
     #[arg(default_value = "models/nano")]
     model: PathBuf,
     /// Print one JSON object

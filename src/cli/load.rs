@@ -17,9 +17,12 @@ const PROGRESS_FROM: usize = 256 << 20;
 
 #[derive(Args, Clone, Debug)]
 pub struct ModelOptions {
-    /// Model folder in Hugging Face layout
-    #[arg(long, value_name = "DIR", default_value = "models/nano")]
+    /// Model folder in Hugging Face layout, or GGUF file
+    #[arg(long, value_name = "PATH", default_value = "models/nano")]
     pub model: PathBuf,
+    /// Folder of draft heads, with redrafter/ or medusa/ in it [default: drafters/ in the model's folder]
+    #[arg(long, value_name = "DIR")]
+    pub drafters: Option<PathBuf>,
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -35,7 +38,7 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// Opens the folder, loads the network and whatever drafts for it.
+    /// Opens the model, loads the network and whatever drafts for it.
     pub fn load(&self) -> Result<(ModelInfo, Transformer, Drafters)> {
         tensor::set_threads(self.threads);
         let device = tensor::device(&self.device).map_err(anyhow::Error::msg)?;
@@ -47,17 +50,19 @@ impl ModelOptions {
         let bar = progress("loading", manifest(&checkpoint.config).len(), checkpoint.files.bytes());
         let network = checkpoint.load(placement, self.context as usize, &mut |_| bar.inc(1))?;
         bar.finish_and_clear();
-        let drafters = Drafters::load(&self.model, &checkpoint.config, placement).map_err(|error| anyhow!(error))?;
+        let folder = self.drafters.clone().unwrap_or_else(|| self.model.join("drafters"));
+        ensure!(self.drafters.is_none() || folder.is_dir(), "there is no folder {} of draft heads", folder.display());
+        let drafters = Drafters::load(&folder, &checkpoint.config, placement).map_err(|error| anyhow!(error))?;
         let info = ModelInfo::new(checkpoint, network.context(), placement, drafters.infos());
         check_defaults(&info).map_err(anyhow::Error::msg)?;
         Ok((info, network, drafters))
     }
 }
 
-/// Opens a model folder. One that is not there at all gets a word on where it might come from.
-pub fn open(folder: &Path) -> Result<Checkpoint> {
-    ensure!(folder.is_dir(), "there is no model folder {}: name one that holds config.json", folder.display());
-    Checkpoint::open(folder).map_err(|error| anyhow!(error))
+/// Opens a model folder or GGUF file. One that is not there at all gets a word on where it might come from.
+pub fn open(path: &Path) -> Result<Checkpoint> {
+    ensure!(path.exists(), "there is no model folder {}: name one that holds config.json, or a GGUF file", path.display());
+    Checkpoint::open(path).map_err(|error| anyhow!(error))
 }
 
 /// A bar of `tensors` on stderr, hidden where the weights are small or stderr is no terminal.

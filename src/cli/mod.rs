@@ -7,6 +7,7 @@ mod bench;
 mod display;
 mod eval;
 mod generate;
+mod import;
 mod inspect;
 mod load;
 mod method;
@@ -42,6 +43,8 @@ enum Command {
     Generate(Box<generate::Options>),
     /// Say what a model folder holds and what is wrong with it
     Inspect(inspect::Options),
+    /// Turn a GGUF file into a model folder
+    Import(import::Options),
     /// Train the small model that ships
     Train(train::Options),
     /// Measure how often a model is right
@@ -66,6 +69,7 @@ pub fn run() -> Result<()> {
         Command::Serve(options) => serve::run(options),
         Command::Generate(options) => generate::run(*options),
         Command::Inspect(options) => inspect::run(options),
+        Command::Import(options) => import::run(options),
         Command::Train(options) => train::run(options),
         Command::Eval(options) => eval::run(options),
         Command::Bench(options) => bench::run(options),

@@ -2,7 +2,7 @@
 //!
 //! A [`Drafter`] is one file and one entry in [`Drafters::load`]. It turns what is known of a sequence (its tokens, and the hidden
 //! state behind the last choice) into a [`Draft`]; it never decides what is emitted, so it can cost time but not correctness.
-//! Heads are read from the folders under a model's `drafters/`.
+//! Heads are read from the folders under a model's `drafters/`, or wherever they are said to be.
 
 pub mod chain;
 pub mod heads;
@@ -104,11 +104,10 @@ impl Default for Drafters {
 }
 
 impl Drafters {
-    /// Reads what lies under `folder/drafters`: `redrafter` (which gives the chain too) and `medusa`. Heads that do not fit the
+    /// Reads what lies in `folder`: `redrafter` (which gives the chain too) and `medusa`. Heads that do not fit the
     /// model are an error that names the setting.
     pub fn load(folder: &Path, config: &ModelConfig, placement: Placement) -> Result<Self, CheckpointError> {
         let mut drafters = Self::default();
-        let folder = folder.join("drafters");
         let redrafter = folder.join("redrafter");
         if redrafter.is_dir() {
             let head = redrafter::Redrafter::load(&redrafter, config, placement)?;
