@@ -1,5 +1,5 @@
-//! GGUF files: what `gguf`, `transformers` and llama.cpp read in them (tests/reference/make_gguf.py), and what is said of broken
-//! ones.
+//! GGUF files: what `gguf`, `transformers` and llama.cpp read in them (tests/reference/make_gguf.py), and what is said of
+//! broken ones.
 
 use std::path::{Path, PathBuf};
 
@@ -404,7 +404,10 @@ proptest! {
 
     /// Words of the header replaced: the values that overflow what is computed from them.
     #[test]
-    fn extreme_words_do_no_harm(at in 4usize..7_072, word in prop::sample::select(vec![0, 1, u32::MAX as u64, 1 << 32, 1 << 62, u64::MAX - 31, u64::MAX])) {
+    fn extreme_words_do_no_harm(
+        at in 4usize..7_072,
+        word in prop::sample::select(vec![0, 1, u32::MAX as u64, 1 << 32, 1 << 62, u64::MAX - 31, u64::MAX]),
+    ) {
         let mut bytes = std::fs::read(fixture("qwen2.gguf")).unwrap();
         bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
         if let Ok(gguf) = Gguf::parse(bytes) {

@@ -9,7 +9,7 @@ use clap::Args;
 use super::load::{open, progress};
 use crate::checkpoint::gguf;
 use crate::model::manifest;
-use crate::tensor::Dtype;
+use crate::tensor::{self, Dtype};
 
 #[derive(Args, Debug)]
 pub struct Options {
@@ -29,6 +29,8 @@ pub struct Options {
 
 pub fn run(options: Options) -> Result<()> {
     let Options { model, folder, dtype, force } = options;
+    // Conversions wait for memory, not for cores; more threads spend their time waiting for one another.
+    tensor::set_threads(1);
     ensure!(!model.is_dir(), "{} is a folder: import takes a GGUF file", model.display());
     let checkpoint = open(&model)?;
     let inside = || folder.read_dir().with_context(|| format!("cannot read {}", folder.display()));

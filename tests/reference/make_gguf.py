@@ -215,7 +215,8 @@ def add_tensors(writer, rng, vocab, layers, hidden, heads, kv_heads, ffn, kinds,
         norm(f"blk.{layer}.attn_norm.weight")
         norm(f"blk.{layer}.ffn_norm.weight")
         shapes = {"attn_q": (heads * dim, hidden), "attn_k": (kv_heads * dim, hidden), "attn_v": (kv_heads * dim, hidden),
-                  "attn_output": (hidden, heads * dim), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn)}
+                  "attn_output": (hidden, heads * dim), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden),
+                  "ffn_down": (hidden, ffn)}
         for name, shape in shapes.items():
             gain = 1.6 if name in ("attn_q", "attn_k") else 1.2
             add(f"blk.{layer}.{name}.weight", shape, next(order), gain / shape[1] ** 0.5)
@@ -248,7 +249,7 @@ def qwen2(path):
 
 
 def spm_reference(path):
-    """llama.cpp's tokens: where a text begins with a space, transformers leaves out the one that SentencePiece puts before it."""
+    """llama.cpp's tokens: before a text that begins with a space, transformers leaves out the one that SentencePiece adds."""
     vocabulary = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
 
     def tokens(text, begin):
@@ -262,7 +263,8 @@ def reference(path):
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     cases = []
     for text in TEXTS:
-        cases.append({"text": text, "ids": tokenizer(text, add_special_tokens=False).input_ids, "special": tokenizer(text).input_ids})
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        cases.append({"text": text, "ids": ids, "special": tokenizer(text).input_ids})
     messages = [{"role": "user", "content": "Say 12 + 30."}, {"role": "assistant", "content": "42"},
                 {"role": "user", "content": "Grüße"}]
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -287,7 +289,8 @@ def smollm2(path, out):
               "transformers": tokenizer(text, add_special_tokens=False).input_ids} for text in texts]
     messages = [{"role": "user", "content": "Say 12 + 30."}]
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompts = [chat, "The capital of France is", "def fibonacci(n):\n    ", "1, 2, 3, 5, 8,", TEXTS[11] + TEXTS[12], "".join(TEXTS[:12])]
+    prompts = [chat, "The capital of France is", "def fibonacci(n):\n    ", "1, 2, 3, 5, 8,", TEXTS[11] + TEXTS[12],
+               "".join(TEXTS[:12])]
     tensors = {}
     for index, prompt in enumerate(prompts):
         ids = torch.tensor([vocabulary.tokenize(prompt.encode(), add_bos=False, special=True)])

@@ -172,8 +172,8 @@ fn eighths(block: &[u8], high: Option<&[u8]>, low: &[u8], out: &mut Vec<f32>) {
     }
 }
 
-/// Two halves of 128 elements, each of four runs of 32 whose low 4 bits share bytes two by two and whose high 2 bits share bytes
-/// four by four; 16 elements share a signed scale.
+/// Two halves of 128 elements, each of four runs of 32 whose low 4 bits share bytes two by two and whose high 2 bits share
+/// bytes four by four; 16 elements share a signed scale.
 fn q6_k(block: &[u8], out: &mut Vec<f32>) {
     let scale = half_at(block, 208);
     for part in 0..2 {

@@ -1,7 +1,7 @@
 //! From a GGUF file's vocabulary to the `tokenizer.json` and `tokenizer_config.json` that the same model has elsewhere.
 //!
-//! Two of ggml's tokenizers are known: `gpt2`, which is byte-level BPE with a way to cut text that `tokenizer.ggml.pre` names, and
-//! `llama`, which is SentencePiece's BPE. What cannot be rebuilt faithfully is refused by name. Sources: llama.cpp's
+//! Two of ggml's tokenizers are known: `gpt2`, which is byte-level BPE with a way to cut text that `tokenizer.ggml.pre` names,
+//! and `llama`, which is SentencePiece's BPE. What cannot be rebuilt faithfully is refused by name. Sources: llama.cpp's
 //! `llama-vocab.cpp` and `transformers`' converters.
 
 use std::collections::HashMap;
@@ -193,7 +193,8 @@ fn sentencepiece(gguf: &Gguf<impl AsRef<[u8]>>, tokens: &[&str], ids: &HashMap<&
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-            "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": {}, "merges": derived(tokens, ids, &scores)?,
+            "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": {},
+            "merges": derived(tokens, ids, &scores)?,
         },
     }))
 }
@@ -258,5 +259,6 @@ fn template(begin: Option<(u32, &str)>, end: Option<(u32, &str)>) -> Value {
     let pair = [around("A"), around("B")].concat();
     let tokens = [begin, end].into_iter().flatten();
     let ids = tokens.map(|(id, text)| (text.to_owned(), json!({"id": text, "ids": [id], "tokens": [text]})));
-    json!({"type": "TemplateProcessing", "single": around("A"), "pair": pair, "special_tokens": ids.collect::<serde_json::Map<_, _>>()})
+    let ids: serde_json::Map<_, _> = ids.collect();
+    json!({"type": "TemplateProcessing", "single": around("A"), "pair": pair, "special_tokens": ids})
 }
