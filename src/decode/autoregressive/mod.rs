@@ -149,6 +149,7 @@ impl Autoregressive {
             cached: 0,
             tree,
             kept: vec![],
+            row: 0,
             adaptation,
             speculation: Speculation::default(),
             step: 0,
