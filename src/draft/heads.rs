@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::checkpoint::weights::WeightFiles;
 use crate::checkpoint::{CheckpointError, config};
-use crate::model::{ModelError, TensorSpec};
+use crate::model::{ModelError, TensorSpec, linear};
 use crate::tensor::{Placement, Tensor};
 
 /// A folder of heads: `config.json` beside its weights.
@@ -74,7 +74,7 @@ pub struct Linear {
 
 impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        Ok(x.f_to_kind(self.weight.f_kind()?)?.f_linear(&self.weight, self.bias.as_ref())?)
+        linear(&x.f_to_kind(self.weight.f_kind()?)?, &self.weight, self.bias.as_ref())
     }
 
     pub fn shallow_clone(&self) -> Self {

@@ -29,6 +29,11 @@ impl Drafter for Lookup {
         Shape { width: 1, length: 5 }
     }
 
+    /// Most text does not repeat itself.
+    fn prior(&self) -> f64 {
+        0.4
+    }
+
     fn forwards(&self, _shape: Shape) -> usize {
         0
     }

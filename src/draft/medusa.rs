@@ -12,7 +12,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::ModelConfig;
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::decode::autoregressive::tree::Tree;
-use crate::model::{ModelError, Source, TensorSpec};
+use crate::model::{ModelError, Source, TensorSpec, linear};
 use crate::tensor::{Device, Kind, Placement, Tensor};
 
 /// Best tokens of each head that the static tree may use, as in the authors' code.
@@ -120,7 +120,7 @@ impl Medusa {
         for block in blocks {
             x = block.residual(&x)?;
         }
-        Ok(x.f_to_kind(out.f_kind()?)?.f_linear(out, None::<&Tensor>)?)
+        linear(&x.f_to_kind(out.f_kind()?)?, out, None)
     }
 }
 

@@ -59,6 +59,11 @@ pub trait Drafter: Send {
     /// What a draft has when a request does not say, and does not adapt.
     fn usual(&self) -> Shape;
 
+    /// Probability that a further token is right, before anything has been seen.
+    fn prior(&self) -> f64 {
+        0.75
+    }
+
     /// Candidate tokens of a draft.
     fn nodes(&self, shape: Shape) -> usize {
         shape.width * shape.length
@@ -154,7 +159,8 @@ impl Drafters {
         let Some(entry) = self.entries.get_mut(&kind) else { return Ok(None) };
         if entry.adaptation.is_none() {
             let draft = measure::draft(model, &*entry.drafter, kind)?;
-            entry.adaptation = Some(Adaptation::new(Arc::new(Costs { verify, draft }), entry.drafter.limit()));
+            entry.adaptation =
+                Some(Adaptation::new(Arc::new(Costs { verify, draft }), entry.drafter.limit(), entry.drafter.prior()));
         }
         Ok(entry.adaptation.as_ref().map(Adaptation::fresh))
     }

@@ -13,7 +13,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::ModelConfig;
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::decode::autoregressive::tree::Tree;
-use crate::model::{ModelError, Source, TensorSpec, Transformer};
+use crate::model::{ModelError, Source, TensorSpec, Transformer, linear};
 use crate::tensor::{Kind, Placement, Tensor};
 
 /// Candidates that a beam may go on with; the authors' `warp_logits` keeps so many and forgets the rest.
@@ -156,7 +156,7 @@ impl Redrafter {
                 None => embedding.shallow_clone(),
             });
         };
-        let input = embedding.f_to_kind(w.f_kind()?)?.f_linear(w, None::<&Tensor>)?;
+        let input = linear(&embedding.f_to_kind(w.f_kind()?)?, w, None)?;
         let kept = match (state, &u.bias) {
             (Some(state), _) => u.forward(state)?,
             (None, Some(bias)) => bias.shallow_clone(),
@@ -174,7 +174,7 @@ impl Redrafter {
         for block in &self.blocks {
             x = block.residual(&x)?;
         }
-        Ok(x.f_to_kind(self.head.f_kind()?)?.f_linear(&self.head, None::<&Tensor>)?)
+        linear(&x.f_to_kind(self.head.f_kind()?)?, &self.head, None)
     }
 
     /// Embeddings of tokens `[rows]` from the model's table.

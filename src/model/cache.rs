@@ -49,6 +49,17 @@ impl KvCache {
         self.data.numel() * self.data.kind().elt_size_in_bytes()
     }
 
+    /// All of a layer's keys and values, `[batch, kv_heads, capacity, head_dim]`, for a kernel that writes them itself.
+    pub(super) fn layer(&self, layer: usize) -> (&Tensor, &Tensor) {
+        let (keys, values) = &self.layers[layer];
+        (keys, values)
+    }
+
+    /// Sequences side by side.
+    pub fn batch(&self) -> usize {
+        self.data.size()[2] as usize
+    }
+
     /// Writes `key` and `value` (`[batch, kv_heads, seq, head_dim]`) of `layer` behind what is kept, and gives the first `visible`
     /// positions of both. What is kept grows with [`KvCache::keep`] only.
     pub(super) fn write(

@@ -14,7 +14,7 @@ pub mod statistics;
 use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
-use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor};
+use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor, kernels};
 use cache::KvCache;
 use family::Attention;
 use rotary::{Rotary, rotate};
@@ -103,7 +103,15 @@ impl Linear {
     /// Runs in the weight's own type. Where that is narrower than the residual stream's (a trainer keeps the stream in f32 and
     /// the projections in bf16), this is the place that narrows; otherwise the conversion is free.
     fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        Ok(x.f_to_kind(self.weight.f_kind()?)?.f_linear(&self.weight, self.bias.as_ref())?)
+        linear(&x.f_to_kind(self.weight.f_kind()?)?, &self.weight, self.bias.as_ref())
+    }
+}
+
+/// `x · weightᵀ + bias`, by our own kernel where it has few rows.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, ModelError> {
+    match kernels::linear::linear(x, weight, bias)? {
+        Some(out) => Ok(out),
+        None => Ok(x.f_linear(weight, bias)?),
     }
 }
 
@@ -135,13 +143,16 @@ enum Mask {
     None,
     Causal,
     Given(Tensor),
+    /// None is needed: the kernel for few rows goes by [`Past::parents`].
+    Few,
 }
 
-/// Where a layer's keys go, and how many positions its queries look at.
-struct Slot<'a> {
+/// What a forward's tokens follow.
+struct Past<'a> {
     cache: &'a KvCache,
-    layer: usize,
+    /// Positions of the cache that its queries look at.
     visible: usize,
+    parents: Option<&'a [usize]>,
 }
 
 /// Depth of every node, and which nodes are its ancestors or itself.
@@ -234,6 +245,12 @@ impl Transformer {
         if past + length > cache.capacity() {
             return Err(ModelError::CacheFull { needed: past + length, capacity: cache.capacity() });
         }
+        if length * cache.batch() <= kernels::ROWS_MAX
+            && cache.batch() == 1
+            && kernels::attention::fits(kind, self.placement.device, self.config.head_dim)
+        {
+            return self.extend_few(tokens, layout, cache);
+        }
         let (angles, mask, visible) = match layout {
             Layout::Causal if length == 1 => (self.rotary.window(past, 1, kind)?, Mask::None, past + 1),
             Layout::Causal if past == 0 && self.config.heads == self.config.kv_heads => {
@@ -257,7 +274,25 @@ impl Transformer {
                 (self.rotary.at(&positions, kind)?, self.mask(length, cache.capacity(), seen)?, cache.capacity())
             }
         };
-        self.stack(tokens, &angles, &mask, Some((cache, visible)))
+        self.stack(tokens, &angles, &mask, Some(Past { cache, visible, parents: None }))
+    }
+
+    /// [`Transformer::extend`] for the few rows of a decoding step on the CPU. Its kernels need no mask, and since each row is
+    /// computed on its own, the canonical layout is no different from a causal one.
+    fn extend_few(&self, tokens: &Tensor, layout: Layout, cache: &KvCache) -> Result<Tensor, ModelError> {
+        let (_, length) = tokens.size2()?;
+        let (length, past) = (length as usize, cache.len());
+        let last = self.rotary.positions().saturating_sub(1);
+        let (positions, parents): (Vec<usize>, _) = match layout {
+            Layout::Causal => ((past..past + length).collect(), None),
+            Layout::Canonical(_) => ((past..past + length).map(|position| position.min(last)).collect(), None),
+            Layout::Tree(parents) => {
+                let (depths, _) = tree(parents, length)?;
+                (depths.iter().map(|depth| past + depth).collect(), Some(parents))
+            }
+        };
+        let angles = self.rotary.at(&positions, Kind::Float)?;
+        self.stack(tokens, &angles, &Mask::Few, Some(Past { cache, visible: past + length, parents }))
     }
 
     /// `[groups · rows, columns]`, true where a row sees a column; once for each query head that shares a key head.
@@ -269,18 +304,12 @@ impl Transformer {
         Ok(Mask::Given(if groups == 1 { mask } else { mask.f_repeat([groups as i64, 1])? }))
     }
 
-    fn stack(
-        &self,
-        tokens: &Tensor,
-        angles: &(Tensor, Tensor),
-        mask: &Mask,
-        cache: Option<(&KvCache, usize)>,
-    ) -> Result<Tensor, ModelError> {
+    fn stack(&self, tokens: &Tensor, angles: &(Tensor, Tensor), mask: &Mask, past: Option<Past>) -> Result<Tensor, ModelError> {
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = self.rms_norm(&x, &layer.attention_norm)?;
-            let cache = cache.map(|(cache, visible)| Slot { cache, layer: index, visible });
-            x = x.f_add(&self.attend(layer, &normed, angles, mask, cache)?)?;
+            let past = past.as_ref().map(|past| (past, index));
+            x = x.f_add(&self.attend(layer, &normed, angles, mask, past)?)?;
             let normed = self.rms_norm(&x, &layer.mlp_norm)?;
             x = x.f_add(&self.mlp(layer, &normed)?)?;
         }
@@ -290,7 +319,7 @@ impl Transformer {
     /// Logits of chosen rows, `hidden: [rows, hidden]` to `[rows, vocab]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        Ok(hidden.f_to_kind(head.f_kind()?)?.f_linear(head, None::<&Tensor>)?)
+        linear(&hidden.f_to_kind(head.f_kind()?)?, head, None)
     }
 
     /// The embedding table, `[vocab, hidden]`: draft heads share it.
@@ -304,12 +333,16 @@ impl Transformer {
         x: &Tensor,
         angles: &(Tensor, Tensor),
         mask: &Mask,
-        cache: Option<Slot>,
+        past: Option<(&Past, usize)>,
     ) -> Result<Tensor, ModelError> {
         let c = &self.config;
         let (heads, kv_heads, head_dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
         let (batch, length, _) = x.size3()?;
-        let qkv = layer.qkv.forward(x)?.f_view([batch, length, heads + 2 * kv_heads, head_dim])?;
+        let qkv = layer.qkv.forward(x)?;
+        if let (Mask::Few, Some((past, index))) = (mask, past) {
+            return self.attend_few(layer, &qkv, angles, past, index);
+        }
+        let qkv = qkv.f_view([batch, length, heads + 2 * kv_heads, head_dim])?;
         let value = qkv.f_narrow(2, heads + kv_heads, kv_heads)?;
         // Queries and keys turn together: one rotation instead of two.
         let mut query_key = qkv.f_narrow(2, 0, heads + kv_heads)?;
@@ -326,23 +359,50 @@ impl Transformer {
         let mut query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
         let key = query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?;
         let value = value.f_transpose(1, 2)?;
-        let (key, value) = match &cache {
+        let (key, value) = match past {
             // Copying all cached keys for every query head that shares them would cost more than the attention itself: the heads
             // of a group become further rows of the one key head.
-            Some(slot) => {
+            Some((past, index)) => {
                 query = query.f_reshape([batch, kv_heads, heads / kv_heads * length, head_dim])?;
-                slot.cache.write(slot.layer, &key, &value, slot.visible)?
+                past.cache.write(index, &key, &value, past.visible)?
             }
             None => (self.repeat_heads(key)?, self.repeat_heads(value)?),
         };
         let (given, causal) = match mask {
             Mask::Given(mask) => (Some(mask), false),
             Mask::Causal => (None, true),
-            Mask::None => (None, false),
+            Mask::None | Mask::Few => (None, false),
         };
         let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, given, 0.0, causal, None::<f64>, false)?;
-        let mixed = if cache.is_some() { mixed.f_view([batch, heads, length, head_dim])? } else { mixed };
+        let mixed = if past.is_some() { mixed.f_view([batch, heads, length, head_dim])? } else { mixed };
         layer.output.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, heads * head_dim])?)
+    }
+
+    fn attend_few(
+        &self,
+        layer: &Layer,
+        qkv: &Tensor,
+        angles: &(Tensor, Tensor),
+        past: &Past,
+        index: usize,
+    ) -> Result<Tensor, ModelError> {
+        let c = &self.config;
+        let query = kernels::attention::Query {
+            qkv,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            dim: c.head_dim,
+            angles,
+            norms: layer.qk_norm.as_ref().map(|(query, key)| (query, key)),
+            eps: c.norm_eps,
+            past: past.cache.len(),
+            parents: past.parents,
+        };
+        let (keys, values) = past.cache.layer(index);
+        match kernels::attention::attention(&query, keys, values)? {
+            Some(mixed) => layer.output.forward(&mixed),
+            None => Err(ModelError::Torch("a step was given tensors that its kernel does not take".into())),
+        }
     }
 
     /// Grouped-query attention: each key/value head serves `heads / kv_heads` query heads. `[batch, kv_heads, seq, dim]`.
@@ -360,11 +420,17 @@ impl Transformer {
     fn mlp(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, ModelError> {
         let width = self.config.intermediate_size as i64;
         let gate_up = layer.gate_up.forward(x)?;
+        if let Some(gated) = kernels::pointwise::swiglu(&gate_up)? {
+            return layer.down.forward(&gated);
+        }
         let gate = gate_up.f_narrow(-1, 0, width)?.f_silu()?;
         layer.down.forward(&gate.f_mul(&gate_up.f_narrow(-1, width, width)?)?)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, ModelError> {
+        if let Some(normed) = kernels::pointwise::rms_norm(x, weight, self.config.norm_eps)? {
+            return Ok(normed);
+        }
         Ok(x.f_rms_norm(weight.size(), Some(weight), self.config.norm_eps)?)
     }
 }

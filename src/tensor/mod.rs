@@ -3,6 +3,8 @@
 //! Everything else in the crate receives a [`Placement`] and never asks libtorch which devices there are. It knows nothing of
 //! models.
 
+pub mod kernels;
+
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -58,8 +58,6 @@ impl Costs {
 
 /// Weight of the newest draft in a moving share.
 const NEWEST: f64 = 0.2;
-/// What a first look expects of every further token: a good head's acceptance, so that drafting begins.
-const OPTIMISM: f64 = 0.75;
 /// A draft must promise to be faster by this factor; what is measured is not known better.
 const MARGIN: f64 = 1.05;
 /// Plain tokens before the next look at a drafter that did not pay: at first, and at most.
@@ -82,9 +80,10 @@ pub struct Adaptation {
 }
 
 impl Adaptation {
-    /// Before anything has been seen; `limit` is the largest shape that will be asked about.
-    pub fn new(costs: Arc<Costs>, limit: Shape) -> Self {
-        let survival = vec![(1..=limit.length as i32).map(|depth| OPTIMISM.powi(depth)).collect(); limit.width];
+    /// Before anything has been seen: each further token is expected to be right with probability `prior`. `limit` is the largest
+    /// shape that will be asked about.
+    pub fn new(costs: Arc<Costs>, limit: Shape, prior: f64) -> Self {
+        let survival = vec![(1..=limit.length as i32).map(|depth| prior.powi(depth)).collect(); limit.width];
         Self { costs, survival, packed: 0.8, drafts: 0, resting: 0, rest: REST.0 }
     }
 
@@ -192,7 +191,7 @@ mod tests {
 
     #[test]
     fn drafts_grow_with_acceptance_and_end_without_it() {
-        let mut adaptation = Adaptation::new(costs(0.02), LIMIT);
+        let mut adaptation = Adaptation::new(costs(0.02), LIMIT, 0.75);
         for _ in 0..40 {
             let tree = chain(6);
             adaptation.observe(&tree, &[0, 1, 2, 3, 4, 5, 6]);
@@ -216,13 +215,13 @@ mod tests {
 
     #[test]
     fn dear_forwards_are_not_drafted_for() {
-        let mut adaptation = Adaptation::new(costs(1.0), LIMIT);
+        let mut adaptation = Adaptation::new(costs(1.0), LIMIT, 0.75);
         assert_eq!(adaptation.choose(LIMIT), None);
     }
 
     #[test]
     fn width_pays_where_the_first_beam_is_often_wrong() {
-        let mut adaptation = Adaptation::new(costs(0.005), LIMIT);
+        let mut adaptation = Adaptation::new(costs(0.005), LIMIT, 0.75);
         let tree = Tree::from_beams(0, [[1, 2].as_slice(), &[3, 4]]);
         for _ in 0..30 {
             adaptation.observe(&tree, &[0, 3, 4]);
@@ -232,7 +231,7 @@ mod tests {
 
     #[test]
     fn no_shape_beyond_the_limit() {
-        let mut adaptation = Adaptation::new(costs(0.0), LIMIT);
+        let mut adaptation = Adaptation::new(costs(0.0), LIMIT, 0.75);
         let limit = Shape { width: 2, length: 3 };
         assert!(adaptation.choose(limit).is_some_and(|shape| shape.width <= 2 && shape.length <= 3));
     }

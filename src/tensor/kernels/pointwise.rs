@@ -1,0 +1,155 @@
+//! The small operations between a step's products, each in one pass: RMSNorm and the gated unit.
+
+use std::ffi::c_void;
+
+use tch::TchError;
+
+use super::{Kernel, Lanes, ROWS_MAX, Stored, exp, launch, plain};
+use crate::tensor::{Kind, Tensor};
+
+/// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in f32; or `None` where libtorch should do it.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Option<Tensor>, TchError> {
+    let width = weight.numel();
+    if width == 0 || x.numel() > ROWS_MAX * width || x.kind() != weight.kind() || !plain(x) || !plain(weight) {
+        return Ok(None);
+    }
+    let out = Tensor::f_empty(x.size(), (x.kind(), tch::Device::Cpu))?;
+    let norm = Norm {
+        x: x.data_ptr(),
+        weight: weight.data_ptr(),
+        out: out.data_ptr(),
+        rows: x.numel() / width,
+        width,
+        eps: eps as f32,
+        half: x.kind() == Kind::BFloat16,
+    };
+    // SAFETY: contiguous tensors of these sizes and types, which outlive the call.
+    unsafe { launch(&norm, false) };
+    Ok(Some(out))
+}
+
+/// `silu(gate) · up` of `gate_up: [..., 2 · width]`, `[..., width]`; or `None` where libtorch should do it.
+pub fn swiglu(gate_up: &Tensor) -> Result<Option<Tensor>, TchError> {
+    let mut shape = gate_up.size();
+    let Some(last) = shape.last_mut() else { return Ok(None) };
+    let width = (*last / 2) as usize;
+    if width == 0 || gate_up.numel() > ROWS_MAX * 2 * width || !plain(gate_up) {
+        return Ok(None);
+    }
+    *last = width as i64;
+    let out = Tensor::f_empty(&shape, (gate_up.kind(), tch::Device::Cpu))?;
+    let rows = gate_up.numel() / (2 * width);
+    let gated = Gated { x: gate_up.data_ptr(), out: out.data_ptr(), rows, width, half: gate_up.kind() == Kind::BFloat16 };
+    // SAFETY: as above.
+    unsafe { launch(&gated, false) };
+    Ok(Some(out))
+}
+
+struct Norm {
+    x: *const c_void,
+    weight: *const c_void,
+    out: *mut c_void,
+    rows: usize,
+    width: usize,
+    eps: f32,
+    half: bool,
+}
+
+impl Kernel for Norm {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, _thread: usize, _threads: usize) {
+        unsafe { if self.half { self.run::<V, u16>() } else { self.run::<V, f32>() } }
+    }
+}
+
+impl Norm {
+    #[inline(always)]
+    unsafe fn run<V: Lanes, T: Stored>(&self) {
+        for row in 0..self.rows {
+            unsafe {
+                let x = std::slice::from_raw_parts(self.x.cast::<T>().add(row * self.width), self.width);
+                let weight = std::slice::from_raw_parts(self.weight.cast::<T>(), self.width);
+                let out = std::slice::from_raw_parts_mut(self.out.cast::<T>().add(row * self.width), self.width);
+                normalise::<V, T>(x, weight, self.eps, |at, value| out[at] = T::narrow(value));
+            }
+        }
+    }
+}
+
+/// Hands every normalised element to `put`.
+#[inline(always)]
+pub(super) unsafe fn normalise<V: Lanes, T: Stored>(x: &[T], weight: &[T], eps: f32, mut put: impl FnMut(usize, f32)) {
+    let mut sum = unsafe { V::zero() };
+    let whole = x.len() / super::LANES * super::LANES;
+    let mut at = 0;
+    while at < whole {
+        let lanes: V = unsafe { T::load(x.as_ptr().add(at)) };
+        sum = unsafe { lanes.multiply_add(lanes, sum) };
+        at += super::LANES;
+    }
+    let mut total = super::fold(unsafe { sum.store() });
+    for value in &x[whole..] {
+        total = value.widen().mul_add(value.widen(), total);
+    }
+    let scale = 1.0 / (total / x.len() as f32 + eps).sqrt();
+    for (at, (value, weight)) in x.iter().zip(weight).enumerate() {
+        put(at, value.widen() * scale * weight.widen());
+    }
+}
+
+struct Gated {
+    x: *const c_void,
+    out: *mut c_void,
+    rows: usize,
+    width: usize,
+    half: bool,
+}
+
+impl Kernel for Gated {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, _thread: usize, _threads: usize) {
+        unsafe { if self.half { self.run::<u16>() } else { self.run::<f32>() } }
+    }
+}
+
+impl Gated {
+    #[inline(always)]
+    unsafe fn run<T: Stored>(&self) {
+        for row in 0..self.rows {
+            unsafe {
+                let gate = std::slice::from_raw_parts(self.x.cast::<T>().add(2 * row * self.width), self.width);
+                let up = std::slice::from_raw_parts(self.x.cast::<T>().add((2 * row + 1) * self.width), self.width);
+                let out = std::slice::from_raw_parts_mut(self.out.cast::<T>().add(row * self.width), self.width);
+                for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                    let gate = gate.widen();
+                    *out = T::narrow(gate / (1.0 + exp(-gate)) * up.widen());
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    #[test]
+    fn both_are_libtorchs_within_rounding() {
+        for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2)] {
+            let x = Tensor::randn([5, 70], (Kind::Float, Device::Cpu)).to_kind(kind);
+            let weight = Tensor::rand([70], (Kind::Float, Device::Cpu)).to_kind(kind);
+            let double = |x: &Tensor| x.to_kind(Kind::Double);
+            let close = |ours: Tensor, right: Tensor| {
+                let error = f64::try_from((double(&ours) - right).abs().max()).unwrap();
+                assert!(error < 4.0 * tolerance, "{kind:?}: {error}");
+            };
+            let norm = rms_norm(&x, &weight, 1e-5).unwrap().unwrap();
+            let x2 = double(&x);
+            let right = &x2 / (x2.square().mean_dim(-1, true, Kind::Double) + 1e-5).sqrt() * double(&weight);
+            close(norm, right);
+            let gated = swiglu(&x).unwrap().unwrap();
+            close(gated, x2.narrow(1, 0, 35).silu() * x2.narrow(1, 35, 35));
+        }
+    }
+}
