@@ -1,4 +1,5 @@
-//! `lacuna bench step`: where a denoising step's time goes, for a model or for random weights of a config's shape.
+//! `lacuna bench`: `step` says where a denoising step's time goes, for a model or for random weights of a config's shape;
+//! `speculate` runs plain decoding and every drafter side by side.
 
 use std::path::PathBuf;
 
@@ -7,7 +8,10 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::load::{self, ModelOptions};
+use super::method::{DraftFlags, SamplingFlags};
 use crate::checkpoint::config::ModelConfig;
+use crate::decode::autoregressive::DrafterKind;
+use crate::eval::speculate;
 use crate::eval::step::{self, Spread};
 use crate::model::{RandomWeights, Transformer};
 use crate::tensor::{self, Device, Dtype, Placement};
@@ -22,6 +26,37 @@ pub struct Options {
 enum What {
     /// Time one denoising step by its parts
     Step(Step),
+    /// Compare plain autoregressive decoding with every drafter, interleaved
+    Speculate(Speculate),
+}
+
+#[derive(Args, Debug)]
+struct Speculate {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Drafters to run [default: all that the model has]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = drafter)]
+    drafter: Vec<DrafterKind>,
+    /// One prompt a line, as JSON strings [default: tasks of the small models, and some prompts that they do not know]
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// How many prompts
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    count: u32,
+    /// Seed of the choice of tasks
+    #[arg(long, default_value_t = 7)]
+    prompts_seed: u64,
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<u64>,
+    #[command(flatten)]
+    autoregressive: DraftFlags,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args, Debug)]
@@ -52,7 +87,63 @@ struct Step {
 }
 
 pub fn run(options: Options) -> Result<()> {
-    let What::Step(options) = options.what;
+    match options.what {
+        What::Step(options) => step(options),
+        What::Speculate(options) => speculate(options),
+    }
+}
+
+fn drafter(name: &str) -> Result<DrafterKind, String> {
+    DrafterKind::from_name(name).ok_or_else(|| "use redrafter, medusa, chain or lookup".into())
+}
+
+fn speculate(options: Speculate) -> Result<()> {
+    let (info, network, mut drafters) = options.model.load()?;
+    let prompts = match &options.prompts {
+        Some(path) => {
+            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let prompt = |line: &str| serde_json::from_str(line).with_context(|| format!("'{line}' is no JSON string"));
+            text.lines().filter(|line| !line.is_empty()).map(prompt).take(options.count as usize).collect::<Result<_>>()?
+        }
+        None => speculate::nano_prompts(options.count as usize, options.prompts_seed),
+    };
+    let known = drafters.infos().into_iter().map(|info| info.kind);
+    let wanted = speculate::Options {
+        drafters: if options.drafter.is_empty() { known.collect() } else { options.drafter.clone() },
+        rounds: options.rounds as usize,
+        max_new_tokens: options.max_new_tokens,
+        sampling: options.sampling.options(),
+        autoregressive: options.autoregressive.options(),
+    };
+    let bar = load::steps("measuring", prompts.len() * wanted.rounds);
+    let report = speculate::run(&info, &network, &mut drafters, &prompts, &wanted, &mut || bar.inc(1))?;
+    bar.finish_and_clear();
+    let placement = network.placement();
+    if options.json {
+        let mut json = serde_json::to_value(&report)?;
+        json["model"] = info.name.into();
+        json["parameters"] = network.config().parameters().into();
+        json["dtype"] = placement.dtype.name().into();
+        json["device"] = placement.device_name().into();
+        json["threads"] = tch::get_num_threads().into();
+        json["prompts_seed"] = options.prompts_seed.into();
+        json["command"] = std::env::args().skip(1).collect::<Vec<_>>().join(" ").into();
+        println!("{json}");
+        return Ok(());
+    }
+    println!("{:>10}  {:7.0} tokens/s", "plain", report.plain_tokens_per_second);
+    for (name, lane) in &report.lanes {
+        println!(
+            "{name:>10}  {:7.0} tokens/s  {:.2} times plain (least {:.2})  acceptance length {:.2}  same text {}/{}",
+            lane.tokens_per_second, lane.speedup, lane.speedup_least, lane.acceptance_length, lane.same_text, report.prompts
+        );
+    }
+    let curve: Vec<_> = report.cost_curve.iter().map(|cost| format!("{}: {:.2}", cost.tokens, cost.ratio)).collect();
+    println!("a forward of several tokens, by one of one: {}", curve.join("  "));
+    Ok(())
+}
+
+fn step(options: Step) -> Result<()> {
     let (name, network, tokenizer) = match &options.random_weights {
         Some(path) => {
             let network = random(path, &options)?;

@@ -75,3 +75,11 @@ pub fn progress(verb: &'static str, tensors: usize, bytes: usize) -> ProgressBar
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar
 }
+
+/// A bar of `count` steps on stderr.
+pub fn steps(verb: &'static str, count: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} [{bar:40}] {pos}/{len}, eta {eta}");
+    let bar = ProgressBar::new(count as u64).with_prefix(verb);
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar
+}

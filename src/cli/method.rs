@@ -89,6 +89,25 @@ pub struct AutoregressiveFlags {
     /// Who drafts: none, redrafter, medusa, chain or lookup
     #[arg(long, value_name = "NAME", value_parser = drafter)]
     drafter: Option<DrafterChoice>,
+    #[command(flatten)]
+    drafts: DraftFlags,
+}
+
+impl AutoregressiveFlags {
+    pub fn options(&self) -> AutoregressiveOptions {
+        AutoregressiveOptions { drafter: self.drafter, ..self.drafts.options() }
+    }
+
+    /// The method asked for; a drafter says it too.
+    pub fn method(&self) -> Option<MethodKind> {
+        self.method.or(self.drafter.map(|_| MethodKind::Autoregressive))
+    }
+}
+
+/// How drafts are made, whoever makes them.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Autoregressive")]
+pub struct DraftFlags {
     /// Tokens of the longest draft
     #[arg(long, value_name = "N")]
     draft_length: Option<u64>,
@@ -106,10 +125,10 @@ pub struct AutoregressiveFlags {
     prefill_chunk: Option<u64>,
 }
 
-impl AutoregressiveFlags {
+impl DraftFlags {
     pub fn options(&self) -> AutoregressiveOptions {
         AutoregressiveOptions {
-            drafter: self.drafter,
+            drafter: None,
             draft_length: self.draft_length,
             beam_width: self.beam_width,
             adapt: self.no_adapt.then_some(false),
@@ -117,11 +136,6 @@ impl AutoregressiveFlags {
             suppress_end: None,
             prefill_chunk: self.prefill_chunk,
         }
-    }
-
-    /// The method asked for; a drafter says it too.
-    pub fn method(&self) -> Option<MethodKind> {
-        self.method.or(self.drafter.map(|_| MethodKind::Autoregressive))
     }
 }
 

@@ -241,6 +241,8 @@ pub struct Engine {
 impl Engine {
     /// Starts the thread that owns `model` and `drafters`.
     pub fn start(model: Transformer, drafters: Drafters, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
+        // This thread has probably loaded the model; from here on another one computes.
+        crate::tensor::kernels::release_threads();
         let (queue, jobs) = mpsc::channel(limits.queued.max(1));
         let state = Arc::new(State::default());
         let worker = Worker {

@@ -2,5 +2,6 @@
 
 pub mod nano;
 pub mod sandbox;
+pub mod speculate;
 pub mod step;
 pub mod suite;

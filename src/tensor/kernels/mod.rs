@@ -311,12 +311,27 @@ struct OpenMp {
     threads: unsafe extern "C" fn() -> i32,
 }
 
+/// A function of this name among what is loaded.
+fn find(name: &std::ffi::CStr) -> Option<*mut c_void> {
+    // SAFETY: a look-up by name.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    (!found.is_null()).then_some(found)
+}
+
+/// Ends the threads that OpenMP keeps for the calling thread; it makes new ones when it needs them.
+///
+/// OpenMP counts all that are kept in the process. Once they are more than the cores, every team falls asleep between two operations
+/// instead of waiting awake for a moment, and being woken costs more than most operations of a decoding step: a thread that has
+/// loaded a model and leaves the running of it to another must not keep a team.
+pub fn release_threads() {
+    const SOFT: std::ffi::c_int = 1;
+    if let Some(pause) = find(c"omp_pause_resource_all") {
+        // SAFETY: OpenMP 5.0's function of this name. Outside of any parallel work it has no effect but the one described.
+        unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(std::ffi::c_int) -> std::ffi::c_int>(pause)(SOFT) };
+    }
+}
+
 static OPENMP: LazyLock<Option<OpenMp>> = LazyLock::new(|| {
-    let find = |name: &std::ffi::CStr| {
-        // SAFETY: a look-up by name among what is loaded.
-        let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
-        (!found.is_null()).then_some(found)
-    };
     // SAFETY: these are the functions of these names.
     unsafe {
         Some(OpenMp {
