@@ -5,9 +5,9 @@
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use lacuna::checkpoint::config::ModelConfig;
 use lacuna::decode::diffusion::select::{Candidate, Rule, select};
-use lacuna::decode::{Sampling, Window};
-use lacuna::engine::runner;
-use lacuna::model::statistics::statistics;
+use lacuna::decode::{Noise, Pattern, Purpose, Sampling, Wanted, Window};
+use lacuna::engine::runner::{self, Residence};
+use lacuna::model::statistics::{Conditions, statistics};
 use lacuna::model::{RandomWeights, Transformer};
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor};
 
@@ -27,7 +27,8 @@ fn row_statistics(criterion: &mut Criterion) {
         for (kind, logits) in [("f32", logits.shallow_clone()), ("bf16", logits.to_kind(Kind::BFloat16))] {
             for (name, sampling) in &variants {
                 let id = BenchmarkId::new(format!("{name}, {kind}"), vocabulary);
-                group.bench_function(id, |bencher| bencher.iter(|| statistics(&logits, sampling, 1).unwrap()));
+                let conditions = Conditions { sampling, noise: &Noise::Seed(1), histories: &[], proposal: None };
+                group.bench_function(id, |bencher| bencher.iter(|| statistics(&logits, &conditions).unwrap()));
             }
         }
     }
@@ -64,13 +65,16 @@ fn step(criterion: &mut Criterion) {
     let model = Transformer::new(&config, placement, 256, &mut RandomWeights { placement }).unwrap();
     let window = Window {
         tokens: (0..68).map(|n| if n < 20 { n + 10 } else { 1 }).collect(),
-        attention: config.attention,
-        positions: (20..68).collect(),
+        pattern: Pattern::Whole(config.attention),
+        purpose: Purpose::Denoise,
+        wanted: Wanted::Positions((20..68).collect()),
         guidance: None,
         sampling: Sampling { forbidden: vec![1], ..Sampling::default() },
-        noise_seed: 0,
+        noise: Noise::Seed(0),
+        histories: vec![],
     };
-    criterion.bench_function("one denoising step", |bencher| bencher.iter(|| runner::run(&model, &window).unwrap()));
+    let none = Residence::default();
+    criterion.bench_function("one denoising step", |bencher| bencher.iter(|| runner::run(&model, &window, &none).unwrap()));
 }
 
 criterion_group!(benches, row_statistics, selection, step);

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use lacuna::decode::canvas::{Canvas, Cell, Piece};
 use lacuna::decode::diffusion::select::Order;
 use lacuna::decode::diffusion::{Commit, Diffusion, EndOfText, Parameters};
-use lacuna::decode::{Decoder, FinishReason, RowStatistics, Sampling, Status, Step};
+use lacuna::decode::{Decoder, FinishReason, Noise, RowStatistics, Sampling, Status, Step, Wanted};
 use lacuna::model::family::Attention;
 use proptest::prelude::*;
 
@@ -34,9 +34,17 @@ fn answer(decoder: &Diffusion, row: impl Fn(usize) -> (u32, f64)) -> Vec<RowStat
     let prompt = decoder.canvas().prompt_len();
     let statistics = |position: &u32| {
         let (token, confidence) = row(*position as usize - prompt);
-        RowStatistics { token, confidence, margin: confidence, entropy: 1.0 - confidence }
+        RowStatistics { token, confidence, margin: confidence, entropy: 1.0 - confidence, alternatives: vec![] }
     };
-    decoder.window().positions.iter().map(statistics).collect()
+    wanted(decoder).iter().map(statistics).collect()
+}
+
+/// Positions that the next window asks about.
+fn wanted(decoder: &Diffusion) -> Vec<u32> {
+    match decoder.window().wanted {
+        Wanted::Positions(positions) => positions,
+        Wanted::Following(rows) => panic!("a whole canvas is asked for by position, not by rows {rows:?}"),
+    }
 }
 
 fn run(decoder: &mut Diffusion, row: impl Fn(usize) -> (u32, f64)) -> Vec<Step> {
@@ -63,7 +71,7 @@ fn an_end_of_text_waits_for_everything_before_it() {
     assert_eq!(committed(&decoder.advance(&rows)), [3]);
     assert_eq!(decoder.finished(), None, "cells 0 to 2 are still masked");
     // What lies behind the end is no longer asked for.
-    assert_eq!(decoder.window().positions, [1, 2, 3]);
+    assert_eq!(wanted(&decoder), [1, 2, 3]);
     let steps = run(&mut decoder, row);
     assert_eq!(decoder.finished(), Some(FinishReason::Stop));
     assert_eq!(steps.iter().flat_map(committed).collect::<Vec<_>>(), [2, 1, 0]);
@@ -83,7 +91,7 @@ fn an_end_of_text_in_fixed_text_or_prompt_ends_nothing() {
 fn the_mask_token_in_prompt_and_fixed_text_stays_what_it_is() {
     let pieces = [Piece::Fixed(vec![MASK, 5]), Piece::Hole(2), Piece::Fixed(vec![MASK])];
     let mut decoder = decoder(parameters(Commit::Threshold(0.5)), &[MASK, 1], &pieces);
-    assert_eq!(decoder.window().positions, [4, 5], "only the hole is asked for");
+    assert_eq!(wanted(&decoder), [4, 5], "only the hole is asked for");
     run(&mut decoder, |cell| (10 + cell as u32, 0.9));
     assert_eq!(decoder.canvas().sequence(), [MASK, 1, MASK, 5, 12, 13, MASK]);
     assert_eq!(decoder.finished(), Some(FinishReason::Length));
@@ -165,7 +173,8 @@ fn noise_seeds_differ_in_their_low_half() {
         parameters.seed = seed;
         let mut decoder = decoder(parameters, &[1], &[Piece::Hole(4)]);
         while decoder.finished().is_none() {
-            assert!(seen.insert(decoder.window().noise_seed as u32), "seed {seed}");
+            let Noise::Seed(noise) = decoder.window().noise else { panic!("diffusion draws from a seed") };
+            assert!(seen.insert(noise as u32), "seed {seed}");
             let rows = answer(&decoder, |cell| (cell as u32, 0.5));
             decoder.advance(&rows);
         }

@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use lacuna::checkpoint::Checkpoint;
 use lacuna::decode::canvas::Canvas;
+use lacuna::draft::Drafters;
 use lacuna::engine::request::{
-    DiffusionOptions, GenerateOptions, Invalid, ModelInfo, Prompt, SamplingOptions, TemplatePiece, check_defaults, validate,
+    AutoregressiveOptions, DiffusionOptions, GenerateOptions, Invalid, MethodKind, ModelInfo, Prompt, SamplingOptions,
+    TemplatePiece, check_defaults, validate,
 };
 use lacuna::engine::{Engine, Event, Failure, Limits, Refused, Usage};
 use lacuna::tensor::Placement;
@@ -28,7 +30,9 @@ fn options(prompt: &str) -> GenerateOptions {
         prompt: Prompt::Text(prompt.into()),
         template: vec![],
         max_new_tokens: None,
+        method: None,
         diffusion: DiffusionOptions::default(),
+        autoregressive: AutoregressiveOptions::default(),
         sampling: SamplingOptions { seed: Some(5), ..SamplingOptions::default() },
         stops: vec![],
         steps: true,
@@ -287,5 +291,7 @@ fn a_model_without_a_mask_token_is_refused_with_the_reason() {
 fn a_causal_model_is_refused_for_diffusion() {
     let (mut model, _engine) = start(ONE);
     model.config.attention = lacuna::model::family::Attention::Causal;
-    assert!(validate(&model, options(PROMPT)).unwrap_err().to_string().contains("its attention is causal"));
+    let mut options = options(PROMPT);
+    options.method = Some(MethodKind::Diffusion);
+    assert!(validate(&model, options).unwrap_err().to_string().contains("its attention is causal"));
 }

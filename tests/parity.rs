@@ -8,8 +8,8 @@ use lacuna::checkpoint::weights::{WeightFiles, WeightSource};
 use lacuna::decode::canvas::{Canvas, Piece};
 use lacuna::decode::diffusion::select::Order;
 use lacuna::decode::diffusion::{Commit, Diffusion, EndOfText, Parameters};
-use lacuna::decode::{Decoder, Sampling, Window};
-use lacuna::engine::runner;
+use lacuna::decode::{Decoder, Noise, Pattern, Purpose, Sampling, Wanted, Window};
+use lacuna::engine::runner::{self, Residence};
 use lacuna::model::family::Attention;
 use lacuna::model::{Transformer, manifest};
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor};
@@ -111,17 +111,20 @@ fn statistics_come_for_the_rows_wanted_and_no_others() {
         let model = load(&fixture(name), &config, Dtype::F32);
         let mut window = Window {
             tokens: (1..25).collect(),
-            attention: config.attention,
-            positions: (0..24).collect(),
+            pattern: Pattern::Whole(config.attention),
+            purpose: Purpose::Denoise,
+            wanted: Wanted::Positions((0..24).collect()),
             guidance: None,
             sampling: Sampling::default(),
-            noise_seed: 0,
+            noise: Noise::Seed(0),
+            histories: vec![],
         };
-        let all = runner::run(&model, &window).unwrap().rows;
-        window.positions = vec![3, 4, 17];
-        let some = runner::run(&model, &window).unwrap().rows;
+        let all = runner::run(&model, &window, &Residence::default()).unwrap().rows;
+        let positions = [3, 4, 17];
+        window.wanted = Wanted::Positions(positions.to_vec());
+        let some = runner::run(&model, &window, &Residence::default()).unwrap().rows;
         assert_eq!(some.len(), 3);
-        for (row, position) in some.iter().zip(&window.positions) {
+        for (row, position) in some.iter().zip(&positions) {
             let same = &all[*position as usize];
             assert!(row.token == same.token && (row.confidence - same.confidence).abs() < 1e-6, "{name} {position}");
         }
@@ -197,13 +200,14 @@ fn decode(model: &Transformer, case: &Value) -> Vec<Vec<u32>> {
     let mut forward = 0;
     while decoder.finished().is_none() {
         let window = decoder.window();
-        let outcome = runner::run(model, &window).unwrap();
+        let outcome = runner::run(model, &window, &Residence::default()).unwrap();
+        let Wanted::Positions(wanted) = &window.wanted else { panic!("a whole canvas is asked for by position") };
         // What the original drew in this forward: for LLaDA one number a position, for Dream one a masked position.
         let mut uniforms = vec![0.0; decoder.canvas().len()];
         if let Some(drawn) = case["uniforms"].get(forward) {
             let values: Vec<f64> = drawn["values"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
             let behind_prompt = decoder.canvas().prompt_len();
-            for (at, position) in window.positions.iter().enumerate() {
+            for (at, position) in wanted.iter().enumerate() {
                 uniforms[*position as usize - behind_prompt] = values[if dream { at } else { *position as usize }];
             }
         }

@@ -18,6 +18,7 @@ fn step(edits: &[(usize, u32, Status, f64)]) -> Event {
         token: *token,
         status: *status,
         confidence: *confidence,
+        alternatives: vec![],
     };
     Event::Step(Step { step: 0, block: 0, edits: edits.iter().map(edit).collect() })
 }
@@ -54,7 +55,7 @@ fn colour_tells_guesses_and_news_apart() {
 #[test]
 fn the_end_shows_the_text_alone() {
     let finished = Event::Finished { reason: FinishReason::Stop, usage: Usage::default() };
-    let events = [Event::Committed { token_ids: vec![1], text: "b\n".into() }, finished];
+    let events = [Event::Committed { token_ids: vec![1], text: "b\n".into(), logprobs: vec![] }, finished];
     assert_eq!(frame(&picture(&events), PAGE), ["> b"]);
 }
 

@@ -252,7 +252,8 @@ mod tests {
 
     #[test]
     fn the_text_is_what_was_committed() {
-        let committed = |ids: &[u32], text: &str| Ok(Event::Committed { token_ids: ids.into(), text: text.into() });
+        let committed =
+            |ids: &[u32], text: &str| Ok(Event::Committed { token_ids: ids.into(), text: text.into(), logprobs: vec![] });
         let finished = Event::Finished { reason: FinishReason::Length, usage: Usage::default() };
         let events = vec![committed(&[1, 2], "ab"), committed(&[3], "c"), Ok(finished)];
         let mut shown = 0;

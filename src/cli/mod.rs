@@ -48,7 +48,7 @@ enum Command {
     /// Train the small model that ships
     Train(train::Options),
     /// Measure how often a model is right
-    Eval(eval::Options),
+    Eval(Box<eval::Options>),
     /// Measure how fast a model is
     Bench(bench::Options),
 }
@@ -71,7 +71,7 @@ pub fn run() -> Result<()> {
         Command::Inspect(options) => inspect::run(options),
         Command::Import(options) => import::run(options),
         Command::Train(options) => train::run(options),
-        Command::Eval(options) => eval::run(options),
+        Command::Eval(options) => eval::run(*options),
         Command::Bench(options) => bench::run(options),
     }
 }

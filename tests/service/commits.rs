@@ -34,8 +34,8 @@ async fn server_text(server: &crate::harness::TestServer, ids: &[u32]) -> String
 async fn usage_counts_what_was_seen() {
     let server = server().await;
     let done = generate(&mut server.client().await, long(10)).await.expect("it generates");
-    let usage = done.finished.usage.expect("usage");
     assert_eq!(done.finished.reason(), FinishReason::Length);
+    let usage = done.finished.usage.expect("usage");
     assert_eq!(usage.steps, 10);
     assert_eq!(done.steps.len(), 10);
     assert_eq!(usage.forwards.expect("forwards").denoise, 10);

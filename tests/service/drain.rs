@@ -106,6 +106,8 @@ async fn health_waits_for_the_warm_up() {
         prompt: Prompt::Tokens(vec![]),
         template: vec![],
         max_new_tokens: Some(200),
+        method: None,
+        autoregressive: Default::default(),
         diffusion: lacuna::engine::request::DiffusionOptions { steps: Some(200), ..Default::default() },
         sampling: Default::default(),
         stops: vec![],

@@ -36,6 +36,7 @@ async fn started_tells_the_settings_in_force() {
         min_p: Some(0.01),
         logit_bias: [(7, 0.5), (9, -1.0)].into(),
         seed: Some(u64::MAX),
+        logprobs: Some(2),
         ..Sampling::default()
     };
     let asked_for = GenerateRequest {

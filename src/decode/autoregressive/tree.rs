@@ -150,7 +150,7 @@ impl Tree {
 mod tests {
     use super::*;
 
-    fn beams<'a>(rows: &'a [[u32; 4]]) -> Tree {
+    fn beams(rows: &[[u32; 4]]) -> Tree {
         Tree::from_beams(rows[0][0], rows.iter().map(|row| &row[1..]))
     }
 

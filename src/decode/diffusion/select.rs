@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn an_order_temperature_draws_the_order_by_softmax() {
-        let row = |confidence| RowStatistics { token: 0, confidence, margin: 0.0, entropy: 0.0 };
+        let row = |confidence| RowStatistics { confidence, ..RowStatistics::default() };
         let score = |confidence, uniform| Candidate::new(Order::Confidence, &row(confidence), uniform, 0, 0.5).score;
         // A grid of draws in place of random ones: the share of the square in which the first of two cells wins.
         let grid: Vec<f64> = (0..400).map(|n| (f64::from(n) + 0.5) / 400.0).collect();
