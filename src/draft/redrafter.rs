@@ -107,9 +107,14 @@ impl Redrafter {
         folder.check(&settings.manifest())?;
         let head = Self::new(settings, &mut FolderSource { folder: &folder, placement })?;
         if let Some(tokens) = &head.tokens {
-            let ids: Vec<i64> = Vec::try_from(&tokens.f_to_device(crate::tensor::Device::Cpu)?)?;
+            let mut ids: Vec<i64> = Vec::try_from(&tokens.f_to_device(crate::tensor::Device::Cpu)?)?;
             if ids.iter().any(|id| *id < 0 || *id >= model.vocab_size as i64) {
                 return folder.wrong(format!("d2t leads outside the model's vocabulary of {}", model.vocab_size));
+            }
+            // Drawn chains must know what they were drawn from, token by token.
+            ids.sort_unstable();
+            if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+                return folder.wrong(format!("d2t leads to token {} from two rows", pair[0]));
             }
         }
         Ok(head)
