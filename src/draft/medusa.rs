@@ -79,8 +79,12 @@ impl Source for FolderSource<'_> {
 impl Medusa {
     pub fn load(path: &Path, model: &ModelConfig, placement: Placement) -> Result<Self, CheckpointError> {
         let folder = Folder::open(path)?;
-        folder.must_be("hidden_size", folder.number("hidden_size", 1 << 16)?, model.hidden_size)?;
-        folder.must_be("vocab_size", folder.number("vocab_size", 1 << 22)?, model.vocab_size)?;
+        // The authors' settings tell neither size; the tensors' shapes do, and are checked below.
+        for (field, own) in [("hidden_size", model.hidden_size), ("vocab_size", model.vocab_size)] {
+            if folder.has(field) {
+                folder.must_be(field, folder.number(field, 1 << 22)?, own)?;
+            }
+        }
         let settings = Settings {
             hidden_size: model.hidden_size,
             vocab_size: model.vocab_size,
