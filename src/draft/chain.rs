@@ -35,7 +35,7 @@ impl Drafter for Chain {
                 let place = (uniform(asked.seed, place) * total).min(total * (1.0 - 1e-12));
                 let place = Tensor::f_from_slice(&[place])?.f_view([1, 1])?.f_to_device(device)?;
                 distributions.push(head.spread(q, context.model.config().vocab_size)?);
-                Tensor::f_searchsorted(&cumulated, &place, false, true, "right", None::<&Tensor>)?.f_view(-1)?
+                place.f_searchsorted(&cumulated, false, true, "right", None::<&Tensor>)?.f_view(-1)?
             };
             let token = head.tokens(&row)?.f_int64_value(&[0])? as u32;
             tokens.push(token);

@@ -166,7 +166,7 @@ fn draw(logits: &Tensor, uniforms: &[f64], first: usize, proposal: Option<&Propo
     let total = cumulated.f_narrow(1, cumulated.size()[1] - 1, 1)?;
     // Below the total, so that rounding cannot reach past the last token that has any weight.
     let places = column(uniforms)?.f_mul(&total)?.f_minimum(&total.f_mul_scalar(1.0 - 1e-12)?)?;
-    let picked = Tensor::f_searchsorted(&cumulated, &places, false, true, "right", None::<&Tensor>)?;
+    let picked = places.f_searchsorted(&cumulated, false, true, "right", None::<&Tensor>)?;
     let Some((tokens, right)) = accepted else { return Ok(picked) };
     let head = tokens.f_where_self(&right, &picked.f_narrow(0, 0, judged as i64)?)?;
     Ok(Tensor::f_cat(&[head, picked.f_narrow(0, judged as i64, uniforms.len() as i64 - judged as i64)?], 0)?)
@@ -322,6 +322,35 @@ mod tests {
                 assert!((count / drawn - p).abs() <= error, "{sampling:?} token {token}: {} for {p}", count / drawn);
             }
         }
+    }
+
+    fn drawn(row: &[f32], uniforms: &[f64], proposal: Option<&Proposal>) -> Vec<u32> {
+        let many = logits(&vec![row; uniforms.len()]);
+        let (sampling, noise) = (Sampling { temperature: 1.0, ..Sampling::default() }, Noise::Uniforms(uniforms.to_vec()));
+        let conditions = Conditions { sampling: &sampling, noise: &noise, histories: &[], proposal };
+        super::statistics(&many, &conditions).unwrap().iter().map(|row| row.token).collect()
+    }
+
+    /// Probabilities 1/10, 2/10, 3/10, 4/10, and none.
+    const TENTHS: [f32; 5] = [0.0, std::f32::consts::LN_2, 1.098_612_3, 2.0 * std::f32::consts::LN_2, f32::NEG_INFINITY];
+
+    #[test]
+    fn a_number_picks_from_the_cumulated_distribution() {
+        let numbers = [0.0, 0.099, 0.101, 0.299, 0.301, 0.599, 0.601, 0.999, 1.0];
+        assert_eq!(drawn(&TENTHS, &numbers, None), [0, 0, 1, 1, 2, 2, 3, 3, 3]);
+        let swapped = [TENTHS[4], TENTHS[3], TENTHS[0], TENTHS[4]];
+        assert_eq!(drawn(&swapped, &[0.0, 0.79, 0.81, 1.0], None), [1, 1, 2, 2], "what is impossible is not picked");
+    }
+
+    #[test]
+    fn a_draw_is_accepted_by_the_ratio_and_replaced_from_the_residual() {
+        // q = 4/10, 3/10, 2/10, 1/10: p − q is left on the tokens 2 and 3, in parts of 1 and 3.
+        let q = Tensor::from_slice(&[0.4f32, 0.3, 0.2, 0.1, 0.0]).unsqueeze(0).expand([5, 5], false);
+        // Token 0 is accepted with 1/4, token 1 with 2/3, token 3 always.
+        let proposal =
+            Proposal { tokens: vec![0, 0, 1, 1, 3], probabilities: q, uniforms: vec![0.24, 0.26, 0.66, 0.67, 0.999] };
+        // The sixth row judges nothing.
+        assert_eq!(drawn(&TENTHS, &[0.9, 0.24, 0.9, 0.26, 0.0, 0.05], Some(&proposal)), [0, 2, 1, 3, 3, 0]);
     }
 
     #[test]
