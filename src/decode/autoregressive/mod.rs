@@ -321,7 +321,7 @@ impl Decoder for Autoregressive {
         let drafts = self.parameters.drafts?;
         // The last token of all is the network's own.
         let room = self.remaining().saturating_sub(1);
-        if self.finished().is_some() || self.known() - self.cached != 1 || room == 0 {
+        if self.finished().is_some() || self.prefilling() || room == 0 {
             return None;
         }
         let mut shape = match &mut self.adaptation {
