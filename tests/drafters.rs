@@ -196,7 +196,7 @@ fn the_walk_accepts_what_medusa_accepts() {
         for node in 1..tokens.len() {
             // The deepest node that it sees besides itself.
             let sees = (0..node).filter(|other| masks[node].as_bytes()[*other] == b'1');
-            tree.push(sees.max_by_key(|other| depths[*other]).unwrap(), tokens[node], 0);
+            tree.propose(sees.max_by_key(|other| depths[*other]).unwrap(), tokens[node], 0);
         }
         assert_eq!((tree.depths(), mask(&tree)), (&*depths, masks));
         for accept in case["accept"].as_array().unwrap() {

@@ -177,6 +177,17 @@ impl Autoregressive {
         (self.known() - self.cached).min(self.parameters.chunk.max(1))
     }
 
+    /// Nodes of the largest window behind the prompt. It decides the cache's room, on which a deterministic forward's shape
+    /// depends: there, nobody's drafts may change it. Static trees have other sizes than width times length.
+    fn nodes_max(&self) -> usize {
+        match self.parameters.drafts {
+            _ if self.parameters.deterministic => CANONICAL_ROWS,
+            None => 1,
+            Some(Drafts { shape, .. }) if shape.width == 1 => 1 + shape.length,
+            Some(_) => NODES_MAX,
+        }
+    }
+
     fn prefilling(&self) -> bool {
         self.known() - self.cached > 1 || self.step == 0
     }
@@ -309,8 +320,7 @@ impl Decoder for Autoregressive {
     }
 
     fn cache_room(&self) -> usize {
-        let nodes = self.parameters.drafts.map_or(1, |drafts| drafts.shape.nodes_max());
-        self.canvas.sequence().len() + nodes.max(if self.parameters.deterministic { CANONICAL_ROWS } else { 1 })
+        self.canvas.sequence().len() + self.nodes_max()
     }
 
     fn kept(&self) -> &[usize] {
@@ -343,7 +353,7 @@ impl Decoder for Autoregressive {
     fn propose(&mut self, candidates: Tree) {
         debug_assert_eq!(candidates.tokens()[0], self.last(), "candidates follow the last committed token");
         let tree = if self.parameters.deterministic { candidates.first_path() } else { candidates };
-        self.tree = tree.cut(self.remaining().saturating_sub(1));
+        self.tree = tree.cut(self.remaining().saturating_sub(1), self.nodes_max());
     }
 
     fn adaptation(&self) -> Option<&Adaptation> {

@@ -13,14 +13,14 @@ pub struct Tree {
     /// How good a drafter must have been thought to propose the node: the number of the first beam that goes through it. A draft
     /// of width `w` has just the nodes of rank below `w`.
     ranks: Vec<usize>,
-    /// Candidate tokens before prefixes were shared.
-    candidates: usize,
+    /// Candidates that share each node; the root's do not count.
+    shared: Vec<usize>,
 }
 
 impl Tree {
     /// The root alone: nothing is proposed.
     pub fn root(token: u32) -> Self {
-        Self { tokens: vec![token], parents: vec![0], depths: vec![0], ranks: vec![0], candidates: 0 }
+        Self { tokens: vec![token], parents: vec![0], depths: vec![0], ranks: vec![0], shared: vec![0] }
     }
 
     /// Shares the prefixes of `beams`, each the tokens behind the root, best first.
@@ -29,26 +29,27 @@ impl Tree {
         for (rank, beam) in beams.into_iter().enumerate() {
             let mut node = 0;
             for token in beam {
-                node = tree.child(node, *token).unwrap_or_else(|| tree.push(node, *token, rank));
+                node = tree.propose(node, *token, rank);
             }
-            tree.candidates += beam.len();
         }
         tree
     }
 
-    /// Adds a candidate behind `parent`, which must not have it yet; gives its node.
-    pub fn push(&mut self, parent: usize, token: u32, rank: usize) -> usize {
+    /// Adds a candidate behind `parent`, which must not have it yet; gives its node. Nobody shares it so far.
+    fn push(&mut self, parent: usize, token: u32, rank: usize) -> usize {
         self.tokens.push(token);
         self.parents.push(parent);
         self.depths.push(self.depths[parent] + 1);
         self.ranks.push(rank.max(self.ranks[parent]));
+        self.shared.push(0);
         self.tokens.len() - 1
     }
 
-    /// Likewise, counted as one proposed token.
+    /// One proposed token behind `parent`: a node of its own, or that of the same token proposed there before.
     pub fn propose(&mut self, parent: usize, token: u32, rank: usize) -> usize {
-        self.candidates += 1;
-        self.child(parent, token).unwrap_or_else(|| self.push(parent, token, rank))
+        let node = self.child(parent, token).unwrap_or_else(|| self.push(parent, token, rank));
+        self.shared[node] += 1;
+        node
     }
 
     /// Nodes, the root included.
@@ -79,7 +80,7 @@ impl Tree {
 
     /// Candidate tokens before prefixes were shared; the root does not count.
     pub fn candidates(&self) -> usize {
-        self.candidates
+        self.shared.iter().sum()
     }
 
     /// Length of the longest candidate.
@@ -92,14 +93,16 @@ impl Tree {
         (parent + 1..self.len()).find(|node| self.parents[*node] == parent && self.tokens[*node] == token)
     }
 
-    /// Drops candidates deeper than `depth`, so that none reaches beyond the end of the canvas.
-    pub fn cut(&self, depth: usize) -> Self {
-        self.filter(|node| self.depths[node] <= depth)
+    /// Drops candidates deeper than `depth`, so that none reaches beyond the end of the canvas, and all behind the first `nodes`.
+    pub fn cut(&self, depth: usize, nodes: usize) -> Self {
+        self.filter(|node| self.depths[node] <= depth && node < nodes)
     }
 
     /// The first candidate alone.
     pub fn first_path(&self) -> Self {
-        self.filter(|node| self.ranks[node] == 0)
+        let mut path = self.filter(|node| self.ranks[node] == 0);
+        path.shared[1..].fill(1);
+        path
     }
 
     /// `keeps` must keep the parent of all that it keeps; the root stays in any case.
@@ -109,7 +112,7 @@ impl Tree {
         for node in 1..self.len() {
             if keeps(node) {
                 places[node] = tree.push(places[self.parents[node]], self.tokens[node], self.ranks[node]);
-                tree.candidates += 1;
+                tree.shared[places[node]] = self.shared[node];
             }
         }
         tree
@@ -180,8 +183,10 @@ mod tests {
     #[test]
     fn cuts_keep_what_is_left_in_order() {
         let tree = beams(&[[91, 92, 93, 95], [91, 92, 94, 96], [91, 92, 93, 97]]);
-        assert_eq!(tree.cut(2).tokens(), [91, 92, 93, 94]);
-        assert_eq!(tree.first_path().tokens(), [91, 92, 93, 95]);
+        assert_eq!((tree.cut(3, 7).candidates(), tree.cut(3, 7)), (9, tree.clone()));
+        assert_eq!((tree.cut(2, 7).tokens(), tree.cut(2, 7).candidates()), ([91, 92, 93, 94].as_slice(), 6));
+        assert_eq!((tree.cut(3, 5).tokens(), tree.cut(3, 5).candidates()), ([91, 92, 93, 95, 94].as_slice(), 7));
+        assert_eq!((tree.first_path().tokens(), tree.first_path().candidates()), ([91, 92, 93, 95].as_slice(), 3));
         assert_eq!(tree.path(5), [92, 94, 96]);
         assert_eq!(tree.ranks(), [0, 0, 0, 0, 1, 1, 2]);
     }
