@@ -42,7 +42,9 @@ impl Detokenizer {
         let start = self.released.min(text.len());
         // A stop string may begin in text that was held back, never in text that was released. Of several the one that is complete
         // first counts, as it would if the text came character by character.
-        let found = self.stops.iter().filter_map(|stop| Some((text.get(start..)?.find(stop.as_str())?, stop.len())));
+        // What may still become another character is no part of one yet.
+        let complete = if last { text.len() } else { text.trim_end_matches(char::REPLACEMENT_CHARACTER).len().max(start) };
+        let found = self.stops.iter().filter_map(|stop| Some((text.get(start..complete)?.find(stop.as_str())?, stop.len())));
         let stop = found.min_by_key(|(at, length)| at + length);
         let end = match stop {
             Some((at, _)) => start + at,
