@@ -53,6 +53,8 @@ pub fn tensors(path: &Path) -> impl Fn(&str) -> Tensor + use<> {
 }
 
 pub fn load_at(folder: &Path, placement: Placement) -> Transformer {
+    // Tests run beside one another; these networks are too small to share out.
+    lacuna::tensor::set_threads(1);
     let config = ModelConfig::read(&folder.join("config.json")).unwrap();
     let files = WeightFiles::open(folder).unwrap();
     assert_eq!(files.check(&manifest(&config)), [""; 0], "{folder:?}");
