@@ -2,18 +2,19 @@
 //!
 //! [`run`] is the loop: batches come from [`data`], parameters and optimiser from [`parameters`], the vocabulary from
 //! [`vocabulary`]. Everything random follows from the seed and the step's number, so a resumed run sees the batches that an
-//! unbroken one would have seen. It knows nothing of decoding or serving.
+//! unbroken one would have seen. [`drafter`] trains draft heads for a model that is there. Nothing here knows of serving.
 
 pub mod data;
+pub mod drafter;
 pub mod parameters;
+pub mod progress;
 pub mod vocabulary;
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::checkpoint::config::ModelConfig;
@@ -24,9 +25,8 @@ use crate::model::Transformer;
 use crate::tensor::{Device, Dtype, Kind, Placement, Tensor};
 use data::{Batch, Batches, Objective};
 use parameters::{AdamW, Parameters};
+use progress::{Budget, CHECKPOINT_EVERY, Progress, Recent};
 
-/// A checkpoint is written this often, so that a kill loses less than a minute.
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(30);
 /// Positions of the small models.
 const CONTEXT: usize = 256;
 const VALIDATE_EVERY: u64 = 500;
@@ -54,37 +54,23 @@ pub struct Options {
     pub threads: usize,
 }
 
-/// Where a run stands; saved with the weights.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Progress {
-    pub step: u64,
-    pub tokens: u64,
-    pub seconds: f64,
-}
-
 impl Options {
-    /// Share of the run that is done, 0 to 1: by steps where they are given, else by time spent training.
-    fn share(&self, progress: Progress) -> f64 {
-        let steps = self.steps.map_or(0.0, |steps| progress.step as f64 / steps as f64);
-        let time = self.minutes.map_or(0.0, |minutes| progress.seconds / 60.0 / minutes);
-        steps.max(time).min(1.0)
+    fn budget(&self) -> Budget {
+        Budget { steps: self.steps, minutes: self.minutes }
     }
 
-    /// Linear warm-up over 300 steps (a tenth of a shorter run), a plateau, then linearly to zero over the last 40 %.
+    /// Linear warm-up, a plateau, then linearly to zero over the last 40 %.
     fn learning_rate(&self, progress: Progress) -> f64 {
-        let steps = self.steps.map_or(300.0, |steps| (steps as f64 / 10.0).clamp(1.0, 300.0));
-        let warm_up = ((progress.step + 1) as f64 / steps).min(1.0);
-        let decay = ((1.0 - self.share(progress)) / 0.4).min(1.0);
-        self.learning_rate * warm_up * decay
+        let decay = ((1.0 - self.budget().share(progress)) / 0.4).min(1.0);
+        self.learning_rate * self.budget().warm_up(progress) * decay
     }
 }
 
 /// Trains a model on the nano tasks: masked diffusion (LLaDA's objective on the answer; see [`data`] for the masking), or its
 /// autoregressive sibling of the same size.
 pub fn run(options: &Options) -> Result<()> {
-    ensure!(options.steps.is_some() || options.minutes.is_some(), "say how long to train: --steps or --minutes");
-    let minutes = options.minutes.unwrap_or(1.0);
-    ensure!(minutes > 0.0 && minutes.is_finite() && options.steps != Some(0), "--minutes and --steps must be above 0");
+    let budget = options.budget();
+    budget.check()?;
     ensure!(options.batch > 0 && options.batch <= 4096, "--batch must be from 1 to 4096");
     ensure!(options.hidden_size.is_multiple_of(options.heads.max(1) * 2), "--hidden-size must be a multiple of 2 × --heads");
     crate::tensor::set_threads(options.threads);
@@ -95,7 +81,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut optimizer = AdamW::new(&parameters, 0.1)?;
     let state = options.out.join("training/state.safetensors");
     let mut progress = parameters::resume(&state, &mut parameters, &mut optimizer)?.unwrap_or_default();
-    let mut curve = curve_file(options, progress)?;
+    let mut curve = progress::curve_file(&options.out.join("training/curve.jsonl"), progress)?;
     let batches = Batches {
         tokenizer: &tokenizer,
         seed: options.seed,
@@ -103,7 +89,7 @@ pub fn run(options: &Options) -> Result<()> {
         split: Split::Train,
         objective: options.objective,
     };
-    let bar = progress_bar();
+    let bar = progress::bar(1000);
     bar.println(format!(
         "training {} parameters, vocabulary {}, from step {}",
         config.parameters(),
@@ -113,7 +99,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut saved = Instant::now();
     let (mut recent, mut pool) = (Recent::default(), Vec::new());
     let stop = options.stop_after.map_or(u64::MAX, |steps| progress.step.saturating_add(steps));
-    while options.share(progress) < 1.0 && progress.step < stop {
+    while budget.share(progress) < 1.0 && progress.step < stop {
         let started = Instant::now();
         let place = (progress.step % data::POOL) as usize;
         if place == 0 || pool.is_empty() {
@@ -127,10 +113,10 @@ pub fn run(options: &Options) -> Result<()> {
         progress.seconds += started.elapsed().as_secs_f64();
         recent.add(loss, batch.tokens.len(), started.elapsed());
         if progress.step.is_multiple_of(10) {
-            bar.set_position((options.share(progress) * 1000.0) as u64);
+            bar.set_position((budget.share(progress) * 1000.0) as u64);
             bar.set_message(format!("step {} loss {:.4} {:.0} tok/s", progress.step, recent.loss, recent.rate()));
         }
-        let done = options.share(progress) >= 1.0;
+        let done = budget.share(progress) >= 1.0;
         if progress.step.is_multiple_of(VALIDATE_EVERY) || done {
             let (validation_loss, exact) = validate(&config, &parameters, &tokenizer, options)?;
             let line = json!({
@@ -298,43 +284,4 @@ fn write_model(options: &Options, config: &ModelConfig, parameters: &Parameters)
         .collect::<Result<_>>()?;
     // 11 bits of mantissa are plenty for weights of this size, at half the bytes.
     Ok(crate::checkpoint::weights::save(&options.out.join("model.safetensors"), &tensors, Dtype::F16)?)
-}
-
-/// The curve goes on where a resumed run stands; lines past that point come from steps that a kill undid.
-fn curve_file(options: &Options, progress: Progress) -> Result<std::fs::File> {
-    let path = options.out.join("training/curve.jsonl");
-    let old = std::fs::read_to_string(&path).unwrap_or_default();
-    let step = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64();
-    let kept: String =
-        old.lines().filter(|line| step(line).is_some_and(|s| s <= progress.step)).map(|l| format!("{l}\n")).collect();
-    write_atomically(&path, kept.as_bytes())?;
-    std::fs::OpenOptions::new().append(true).open(&path).context("cannot open the learning curve")
-}
-
-fn progress_bar() -> ProgressBar {
-    let bar = ProgressBar::new(1000);
-    let style = ProgressStyle::with_template("{elapsed_precise} [{bar:40}] {percent}% {msg} eta {eta}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar
-}
-
-/// Smoothed loss and speed for the display and the curve.
-#[derive(Default)]
-struct Recent {
-    loss: f64,
-    tokens: f64,
-    seconds: f64,
-}
-
-impl Recent {
-    fn add(&mut self, loss: f64, tokens: usize, time: Duration) {
-        const KEEP: f64 = 0.99;
-        self.loss = if self.seconds == 0.0 { loss } else { KEEP * self.loss + (1.0 - KEEP) * loss };
-        self.tokens = KEEP * self.tokens + tokens as f64;
-        self.seconds = KEEP * self.seconds + time.as_secs_f64();
-    }
-
-    fn rate(&self) -> f64 {
-        self.tokens / self.seconds.max(1e-9)
-    }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Progress;
+use super::progress::Progress;
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::weights::{WeightFiles, save as save_tensors};
 use crate::model::{ModelError, Source, TensorSpec, manifest};
@@ -25,21 +25,29 @@ pub struct Parameters {
 impl Parameters {
     /// Normal initialisation with σ = 0.02, the projections back into the residual stream shrunk by √(2 · layers) (GPT-2).
     pub fn new(config: &ModelConfig, dtype: Dtype, seed: u64) -> Result<Self> {
-        let _generator = seeded(seed);
         let names = config.family.names;
         let into_residual = [format!("{}.weight", names.output), format!("{}.weight", names.down)];
-        let mut tensors = BTreeMap::new();
-        for TensorSpec { name, shape } in manifest(config) {
-            let tensor = if shape.len() == 1 {
-                Tensor::f_ones(&shape, (Kind::Float, Device::Cpu))?
-            } else {
-                let inner = into_residual.iter().any(|end| name.ends_with(&format!(".{end}")));
-                let deviation = if inner { 0.02 / (2.0 * config.layers as f64).sqrt() } else { 0.02 };
-                Tensor::f_randn(&shape, (Kind::Float, Device::Cpu))?.f_mul_scalar(deviation)?
-            };
-            tensors.insert(name, tensor.f_set_requires_grad(true)?);
-        }
-        Ok(Self { tensors, embedding: format!("{}.weight", names.embedding), dtype })
+        let deviation = |name: &str| {
+            let inner = into_residual.iter().any(|end| name.ends_with(&format!(".{end}")));
+            if inner { 0.02 / (2.0 * config.layers as f64).sqrt() } else { 0.02 }
+        };
+        let initial = |TensorSpec { name, shape }: &TensorSpec| {
+            let options = (Kind::Float, Device::Cpu);
+            Ok(match shape.len() {
+                1 => Tensor::f_ones(shape, options)?,
+                _ => Tensor::f_randn(shape, options)?.f_mul_scalar(deviation(name))?,
+            })
+        };
+        let tensors = Self::from_specs(&manifest(config), seed, initial)?;
+        Ok(Self { embedding: format!("{}.weight", names.embedding), dtype, ..tensors })
+    }
+
+    /// One parameter, in f32 throughout, for each of `specs`; `initial` may draw from libtorch's generator, which is seeded.
+    pub fn from_specs(specs: &[TensorSpec], seed: u64, initial: impl Fn(&TensorSpec) -> Result<Tensor>) -> Result<Self> {
+        let _generator = seeded(seed);
+        let tensor = |spec: &TensorSpec| Ok((spec.name.clone(), initial(spec)?.f_set_requires_grad(true)?));
+        let tensors = specs.iter().map(tensor).collect::<Result<_>>()?;
+        Ok(Self { tensors, embedding: String::new(), dtype: Dtype::F32 })
     }
 
     pub fn dtype(&self) -> Dtype {
