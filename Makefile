@@ -5,11 +5,13 @@ ADDRESS ?= 127.0.0.1:50051
 LACUNA := target/release/lacuna
 # How the model that ships was trained; its folder's training/curve.jsonl has the curve.
 TRAIN ?= --minutes 85 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
+# Its autoregressive sibling: the same tasks, batches, steps and optimiser.
+TRAIN_AR ?= --objective autoregressive --tokenizer models/nano --steps 24900 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
 # A task of the kind that the model has learnt.
 EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench train clean
+.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench train train-ar clean
 
 help: ## list what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -54,6 +56,9 @@ bench: build ## measure how fast MODEL is
 
 train: build ## train the model that ships anew, into models/nano-new
 	$(LACUNA) train --out models/nano-new $(TRAIN)
+
+train-ar: build ## train its autoregressive sibling anew, into models/nano-ar-new
+	$(LACUNA) train --out models/nano-ar-new $(TRAIN_AR)
 
 clean: ## remove what was built, but neither libtorch nor .venv
 	cargo clean

@@ -13,9 +13,19 @@ pub struct Released {
 }
 
 /// Incremental detokeniser of one sequence. What it releases, joined, is the text of all tokens up to a stop string.
+///
+/// A token is decoded together with the few before it, since its text may depend on them (a character in several tokens, a space
+/// that only a first token lacks), and never with all: the work for a token does not grow with the text.
 #[derive(Debug, Default)]
 pub struct Detokenizer {
     ids: Vec<u32>,
+    /// Text of all tokens; what lies behind `settled` may still change.
+    text: String,
+    settled: usize,
+    /// Bytes of text up to each token whose text is settled.
+    ends: Vec<usize>,
+    /// Tokens from here to `ends.len()` are decoded once more with what follows.
+    context: usize,
     stops: Vec<String>,
     released_ids: usize,
     released: usize,
@@ -37,50 +47,59 @@ impl Detokenizer {
         if self.stopped {
             return Ok(Released { stopped: true, ..Released::default() });
         }
-        self.ids.extend(ids);
-        let text = tokenizer.decode(&self.ids, false)?;
-        let start = self.released.min(text.len());
+        for id in ids {
+            self.take(tokenizer, *id)?;
+        }
+        let start = self.released.min(self.text.len());
+        // What may still become another character is no part of one yet.
+        let complete = if last { self.text.len() } else { self.settled.max(start) };
         // A stop string may begin in text that was held back, never in text that was released. Of several the one that is complete
         // first counts, as it would if the text came character by character.
-        // What may still become another character is no part of one yet.
-        let complete = if last { text.len() } else { text.trim_end_matches(char::REPLACEMENT_CHARACTER).len().max(start) };
-        let found = self.stops.iter().filter_map(|stop| Some((text.get(start..complete)?.find(stop.as_str())?, stop.len())));
+        let open = self.text.get(start..complete);
+        let found = self.stops.iter().filter_map(|stop| Some((open?.find(stop.as_str())?, stop.len())));
         let stop = found.min_by_key(|(at, length)| at + length);
         let end = match stop {
             Some((at, _)) => start + at,
-            None if last => text.len(),
-            None => self.safe_end(&text, start),
+            None if last => self.text.len(),
+            None => self.safe_end(&self.text[..complete], start),
         };
         self.stopped = stop.is_some();
-        let count = if end == text.len() { self.ids.len() } else { self.tokens_within(tokenizer, end)? };
+        let whole = end == self.text.len() && (last || self.settled == self.text.len());
+        let count = if whole { self.ids.len() } else { self.ends.partition_point(|token| *token <= end) };
         let released = Released {
             token_ids: self.ids[self.released_ids.min(count)..count].to_vec(),
-            text: text.get(start..end).unwrap_or_default().to_owned(),
+            text: self.text.get(start..end).unwrap_or_default().to_owned(),
             stopped: self.stopped,
         };
-        self.released_ids = count;
+        self.released_ids = count.max(self.released_ids);
         self.released = end.max(start);
         Ok(released)
     }
 
-    /// How many tokens have a text of at most `end` bytes. More tokens never have less text, so halving finds it.
-    fn tokens_within(&self, tokenizer: &Tokenizer, end: usize) -> Result<usize, String> {
-        let (mut within, mut beyond) = (self.released_ids, self.ids.len());
-        while within < beyond {
-            let middle = (within + beyond).div_ceil(2);
-            if tokenizer.decode(&self.ids[..middle], false)?.len() <= end { within = middle } else { beyond = middle - 1 }
+    /// Adds one token's text, which is settled unless it ends in what may be a part of a character.
+    fn take(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<(), String> {
+        self.ids.push(id);
+        let read = self.ends.len();
+        let before = tokenizer.decode(&self.ids[self.context..read], false)?;
+        let with = tokenizer.decode(&self.ids[self.context..], false)?;
+        // A decoder that changes what came before leaves nothing to add; none that we know does.
+        let more = with.strip_prefix(before.as_str()).unwrap_or_default();
+        self.text.truncate(self.settled);
+        self.text.push_str(more);
+        if !more.ends_with(char::REPLACEMENT_CHARACTER) {
+            self.settled = self.text.len();
+            self.context = read;
+            self.ends.resize(self.ids.len(), self.settled);
         }
-        Ok(within)
+        Ok(())
     }
 
-    /// Where the text may be cut: before a character that is not complete, and before what may begin a stop string.
+    /// Where `text`, all of it settled, may be cut: before what may begin a stop string.
     fn safe_end(&self, text: &str, start: usize) -> usize {
-        let complete = text.trim_end_matches(char::REPLACEMENT_CHARACTER).len().max(start);
-        let text = &text[..complete];
         let begins_stop = |at: &usize| self.stops.iter().any(|stop| stop.starts_with(&text[*at..]));
-        let boundaries = (start..complete).filter(|at| text.is_char_boundary(*at));
+        let boundaries = (start..text.len()).filter(|at| text.is_char_boundary(*at));
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
-        boundaries.filter(|at| complete - at < longest).find(begins_stop).unwrap_or(complete)
+        boundaries.filter(|at| text.len() - at < longest).find(begins_stop).unwrap_or(text.len())
     }
 }
 

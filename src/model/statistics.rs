@@ -6,7 +6,7 @@
 
 use super::ModelError;
 use crate::decode::{Noise, Penalties, RowStatistics, Sampling};
-use crate::tensor::{Kind, Tensor, seeded};
+use crate::tensor::{Kind, Tensor, kernels, seeded};
 
 /// Logits worked on at a time: two rows of the largest vocabularies (one for each thread of a small machine), 1.25 MiB in f32,
 /// about what second-level caches hold. One row at a time took twice as long, chunks of 4 MiB 1.2 times (docs/LOG.md).
@@ -33,6 +33,9 @@ pub struct Conditions<'a> {
 /// Statistics of `logits: [rows, vocab]`, in order.
 pub fn statistics(logits: &Tensor, conditions: &Conditions) -> Result<Vec<RowStatistics>, ModelError> {
     let (rows, vocab) = logits.size2()?;
+    if let Some(found) = best(logits, conditions)? {
+        return Ok(found);
+    }
     let mut found = Vec::with_capacity(rows as usize);
     // Held until the last draw.
     let _generator = match conditions.noise {
@@ -50,6 +53,23 @@ pub fn statistics(logits: &Tensor, conditions: &Conditions) -> Result<Vec<RowSta
         return Err(ModelError::NotFinite);
     }
     Ok(found)
+}
+
+/// The case that decoding is mostly made of, few rows and their best tokens with nothing else asked, by a kernel of its own.
+fn best(logits: &Tensor, conditions: &Conditions) -> Result<Option<Vec<RowStatistics>>, ModelError> {
+    let Sampling { temperature, top_k, top_p, min_p, unconfident, margin, entropy, penalties, alternatives, .. } =
+        conditions.sampling;
+    let filters = top_k.is_some() || top_p.is_some() || min_p.is_some() || penalties.any();
+    if *temperature != 0.0 || filters || !unconfident.is_empty() || *margin || *entropy || *alternatives > 0 {
+        return Ok(None);
+    }
+    let found = kernels::rows::best(logits, &conditions.sampling.forbidden, &conditions.sampling.logit_bias)?;
+    let Some(found) = found else { return Ok(None) };
+    if found.iter().any(|(_, confidence)| !confidence.is_finite()) {
+        return Err(ModelError::NotFinite);
+    }
+    let row = |(token, confidence)| RowStatistics { token, confidence, ..RowStatistics::default() };
+    Ok(Some(found.into_iter().map(row).collect()))
 }
 
 /// `first` is the place of the chunk's first row among all rows.

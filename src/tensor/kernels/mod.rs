@@ -10,6 +10,7 @@
 pub mod attention;
 pub mod linear;
 pub mod pointwise;
+pub mod rows;
 
 use std::ffi::{c_uint, c_void};
 use std::sync::LazyLock;
