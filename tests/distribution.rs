@@ -57,7 +57,7 @@ struct World {
 impl World {
     fn new() -> Self {
         // A drafter that happens to agree with the target now and then.
-        tch::manual_seed(13);
+        let _generator = lacuna::tensor::seeded(13);
         let model = Transformer::new(&llama_config(VOCAB, 16, 2), F32, 64, &mut Wild(0.3)).unwrap();
         let settings = Settings { hidden_size: 16, exit_dim: 32, layers: 1, rows: VOCAB, trimmed: false, recurrent: true };
         let head = Redrafter::new(settings, &mut Wild(0.2)).unwrap();

@@ -106,12 +106,12 @@ pub fn trained(model: &Transformer) -> Redrafter {
     Redrafter::load(&fixture("redrafter/trained"), model.config(), model.placement()).unwrap()
 }
 
-/// Medusa heads that nobody has trained: a frozen first choice of `vocab` tokens from each.
-pub fn random_medusa(model: &Transformer, seed: i64) -> Medusa {
+/// Medusa heads that nobody has trained.
+pub fn random_medusa(model: &Transformer, seed: u64) -> Medusa {
     let config = model.config();
     let settings =
         lacuna::draft::medusa::Settings { hidden_size: config.hidden_size, vocab_size: config.vocab_size, heads: 4, layers: 1 };
-    tch::manual_seed(seed);
+    let _generator = lacuna::tensor::seeded(seed);
     Medusa::new(settings, &mut RandomWeights { placement: model.placement() }).unwrap()
 }
 
