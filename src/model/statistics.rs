@@ -120,7 +120,7 @@ fn chunk_statistics(
     let best = judged.f_amax(-1, true)?;
     let shifted = judged.f_sub(&best)?;
     let weights = shifted.f_exp()?;
-    let total = weights.f_sum_dim_intlist(-1, true, Kind::Double)?;
+    let total = sums(&weights)?;
     let chosen = shifted.f_gather(-1, &token, false)?.f_to_kind(Kind::Double)?.f_exp()?;
     let mut columns = vec![token.f_to_kind(Kind::Double)?, chosen.f_div(&total)?];
     if sampling.margin {
@@ -130,7 +130,7 @@ fn chunk_statistics(
     }
     if sampling.entropy {
         // −Σ p ln p with p = w / Σw and ln w = shifted; a forbidden token has w = 0 and must not become 0 · ∞.
-        let weighted = weights.f_mul(&shifted.f_clamp_min(-1e4)?)?.f_sum_dim_intlist(-1, true, Kind::Double)?;
+        let weighted = sums(&weights.f_mul(&shifted.f_clamp_min(-1e4)?)?)?;
         columns.push(total.f_log()?.f_sub(&weighted.f_div(&total)?)?);
     }
     let numbers = columns.len();
@@ -153,6 +153,16 @@ fn chunk_statistics(
         }
     }));
     Ok(())
+}
+
+/// Sums of the rows of `[rows, vocab]`, `[rows, 1]` in f64. In two halves: libtorch sums a single long row in as many parts as it has
+/// threads, but each of several in one, and a row's last bit must not depend on the rows beside it.
+fn sums(rows: &Tensor) -> Result<Tensor, ModelError> {
+    let (count, vocab) = rows.size2()?;
+    let half = vocab / 2;
+    let halves = rows.f_narrow(1, 0, 2 * half)?.f_view([count, 2, half])?.f_sum_dim_intlist(-1, false, Kind::Double)?;
+    let rest = rows.f_narrow(1, 2 * half, vocab - 2 * half)?.f_to_kind(Kind::Double)?;
+    Ok(Tensor::f_cat(&[halves, rest], 1)?.f_sum_dim_intlist(-1, true, Kind::Double)?)
 }
 
 /// One token for each row of `logits: [rows, vocab]`, `[rows, 1]`: where a row's number falls in its cumulated distribution.
