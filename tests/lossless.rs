@@ -148,6 +148,30 @@ fn penalties_see_the_drafts_before_a_token() {
     assert!(accepted > 150, "{accepted} accepted drafts test little");
 }
 
+/// The statistics of a deterministic forward are taken of the rows used, as many as there are; of large vocabularies, a few at a time.
+#[test]
+fn a_rows_statistics_do_not_depend_on_the_rows_beside_it() {
+    use lacuna::decode::{Noise, RowStatistics};
+    use lacuna::model::statistics::{Conditions, statistics};
+    for (vocab, kind) in [(160, Kind::Float), (50_257, Kind::Float), (151_936, Kind::Float), (151_936, Kind::BFloat16)] {
+        let _generator = lacuna::tensor::seeded(4);
+        let logits =
+            (lacuna::tensor::Tensor::randn([8, vocab], (Kind::Float, lacuna::tensor::Device::Cpu)) * 4.0).to_kind(kind);
+        for (temperature, top_p) in [(0.0, None), (1.0, None), (0.8, Some(0.9))] {
+            let sampling = Sampling { temperature, top_p, alternatives: 3, entropy: true, margin: true, ..Sampling::default() };
+            let of = |rows: i64| -> Vec<RowStatistics> {
+                let noise = Noise::Uniforms((0..rows).map(|row| row as f64 / 8.0).collect());
+                let conditions = Conditions { sampling: &sampling, noise: &noise, histories: &[], proposal: None };
+                statistics(&logits.narrow(0, 0, rows), &conditions).unwrap()
+            };
+            let all = of(8);
+            for rows in 1..8 {
+                assert_eq!(of(rows), all[..rows as usize], "{rows} rows of {vocab}, temperature {temperature}");
+            }
+        }
+    }
+}
+
 /// The room of the cache is part of a deterministic forward's shape.
 #[test]
 fn deterministic_forwards_have_one_shape_with_drafts_and_without() {

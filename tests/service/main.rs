@@ -2,6 +2,7 @@
 //!
 //! Nothing here sleeps to wait for something to happen: tests wait for events, or look again and again within a bound.
 
+mod autoregressive;
 mod commits;
 mod determinism;
 mod drain;
