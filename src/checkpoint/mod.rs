@@ -132,7 +132,9 @@ impl Checkpoint {
             return Err(CheckpointError::Problems(problems));
         }
         let mut source = WeightSource { files: &self.files, placement, loaded };
-        tch::no_grad(|| Transformer::new(&self.config, placement, positions, &mut source))
+        let network = tch::no_grad(|| Transformer::new(&self.config, placement, positions, &mut source))?;
+        network.settle();
+        Ok(network)
     }
 }
 
