@@ -154,6 +154,8 @@ fn usage(usage: proto::Usage) -> Usage {
         drafting: seconds(found.draft_seconds),
         verifying: seconds(found.verify_seconds),
         committing: seconds(found.commit_seconds),
+        // The server tells the ratio, not the step.
+        plain_step: None,
         speculation: usage.speculation.is_some().then(|| Speculation {
             drafts: found.drafts as usize,
             candidates: found.candidate_tokens as usize,

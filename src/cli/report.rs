@@ -54,6 +54,7 @@ pub fn speculation_object(found: &Speculation, usage: &Usage) -> Value {
         "draft_seconds": usage.drafting.as_secs_f64(),
         "verify_seconds": usage.verifying.as_secs_f64(),
         "commit_seconds": usage.committing.as_secs_f64(),
+        "estimated_speedup": usage.estimated_speedup(),
     })
 }
 

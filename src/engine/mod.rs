@@ -11,8 +11,8 @@ pub mod text;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -140,6 +140,26 @@ pub struct Usage {
     pub drafting: Duration,
     pub verifying: Duration,
     pub committing: Duration,
+    /// What one plain step takes on this device, where drafts adapt and it was measured.
+    pub plain_step: Option<Duration>,
+}
+
+impl Usage {
+    /// How much faster than plain decoding the text came, behind its first token: plain steps' time by the time it took.
+    pub fn estimated_speedup(&self) -> Option<f64> {
+        let taken = self.decoding.checked_sub(self.time_to_first_commit?)?.as_secs_f64();
+        let plain = self.plain_step?.as_secs_f64() * self.generated_tokens.saturating_sub(1) as f64;
+        (taken > 0.0 && plain > 0.0).then(|| plain / taken)
+    }
+}
+
+/// What all requests' drafts have come to since the engine started.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Drafted {
+    pub speculation: Speculation,
+    pub drafting: Duration,
+    pub verifying: Duration,
+    pub committing: Duration,
 }
 
 /// Sequences that a network saw, by purpose; guidance takes two a step.
@@ -221,6 +241,7 @@ struct State {
     active: AtomicUsize,
     /// Requests queued.
     waiting: AtomicUsize,
+    drafted: Mutex<Drafted>,
 }
 
 impl State {
@@ -277,6 +298,11 @@ impl Engine {
             Refused::Stopping
         })?;
         Ok(events)
+    }
+
+    /// What drafts have come to so far.
+    pub fn drafted(&self) -> Drafted {
+        self.state.drafted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Requests queued or resident.
@@ -469,6 +495,14 @@ impl Worker {
 
     /// What a sequence saw of its drafter is where the next one begins.
     fn learn(&mut self, resident: &Resident) {
+        let usage = resident.sequence.usage();
+        if let Some(found) = resident.sequence.decoder().speculation() {
+            let mut all = self.state.drafted.lock().unwrap_or_else(PoisonError::into_inner);
+            all.speculation.add(found);
+            all.drafting += usage.drafting;
+            all.verifying += usage.verifying;
+            all.committing += usage.committing;
+        }
         if let (Some(kind), Some(seen)) = (resident.drafter, resident.sequence.decoder().adaptation()) {
             self.drafters.learn(kind, seen);
         }

@@ -73,6 +73,11 @@ impl Sequence {
         &canvas.sequence()[..canvas.prompt_len() + canvas.frontier()]
     }
 
+    /// What it has cost so far.
+    pub fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
     pub fn decoder(&self) -> &dyn Decoder {
         &*self.decoder
     }
@@ -153,6 +158,7 @@ impl Sequence {
         self.usage.generated_tokens = cells[..given].iter().filter(|cell| **cell == Cell::Committed).count();
         self.usage.decoding = self.started.elapsed();
         self.usage.speculation = self.decoder.speculation().cloned();
+        self.usage.plain_step = self.decoder.adaptation().map(|known| Duration::from_secs_f64(known.plain_step()));
         Some(Event::Finished { reason, usage: self.usage.clone() })
     }
 }

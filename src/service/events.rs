@@ -117,7 +117,10 @@ impl Translator {
             decoding_seconds: decoding,
             decoding_tokens_per_second: by(decoding),
             end_to_end_tokens_per_second: by(end_to_end),
-            speculation: usage.speculation.as_ref().map(|found| speculation(found, usage)),
+            speculation: usage.speculation.as_ref().map(|found| proto::Speculation {
+                estimated_speedup: usage.estimated_speedup(),
+                ..speculation(found, usage.drafting, usage.verifying, usage.committing)
+            }),
         }
     }
 
@@ -171,7 +174,8 @@ fn autoregressive(parameters: &autoregressive::Parameters) -> proto::Autoregress
     }
 }
 
-fn speculation(found: &Speculation, usage: &Usage) -> proto::Speculation {
+/// Counts and times of drafts, one request's or all.
+pub fn speculation(found: &Speculation, draft: Duration, verify: Duration, commit: Duration) -> proto::Speculation {
     let removed = found.candidates.saturating_sub(found.drafted) as f64;
     proto::Speculation {
         drafts: found.drafts as u64,
@@ -182,9 +186,10 @@ fn speculation(found: &Speculation, usage: &Usage) -> proto::Speculation {
         acceptance_by_position: found.acceptance_by_position(),
         accepted_exactly: found.accepted_exactly.iter().map(|count| *count as u64).collect(),
         deduplicated_share: if found.candidates > 0 { removed / found.candidates as f64 } else { 0.0 },
-        draft_seconds: usage.drafting.as_secs_f64(),
-        verify_seconds: usage.verifying.as_secs_f64(),
-        commit_seconds: usage.committing.as_secs_f64(),
+        draft_seconds: draft.as_secs_f64(),
+        verify_seconds: verify.as_secs_f64(),
+        commit_seconds: commit.as_secs_f64(),
+        estimated_speedup: None,
     }
 }
 

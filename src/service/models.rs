@@ -9,11 +9,11 @@ use tonic::{Request, Response, Status};
 use super::proto::{self, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse};
 use super::{ServeError, ServeOptions, Served, convert, status};
 use crate::draft::DrafterInfo;
-use crate::engine::Engine;
 use crate::engine::request::{
     AutoregressiveOptions, CFG_SCALE_MAX, DiffusionOptions, DrafterChoice, LOGIT_BIAS_MAX, LOGPROBS_MAX, MethodKind,
     PIECES_MAX, PROMPT_BYTES_MAX, STEPS_MAX, STOP_BYTES_MAX, STOPS_MAX, TEMPERATURE_MAX, unsupported,
 };
+use crate::engine::{Drafted, Engine};
 
 /// The served models; there is at least one.
 pub struct Registry {
@@ -126,6 +126,10 @@ fn describe(model: &Served) -> proto::Model {
             chat: info.tokenizer.chat().is_some(),
         }),
         default_autoregressive: Some(convert::autoregressive_message(&autoregressive_defaults.unwrap_or_default())),
+        drafted: autoregressive.then(|| {
+            let Drafted { speculation, drafting, verifying, committing } = model.engine.drafted();
+            super::events::speculation(&speculation, drafting, verifying, committing)
+        }),
         drafters: info.drafters.iter().filter(|_| autoregressive).map(drafter).collect(),
         resident_max: model.limits.resident as u64,
         queued_max: model.limits.queued as u64,

@@ -101,6 +101,11 @@ impl Adaptation {
         self.packed += weight * (other.packed - self.packed);
     }
 
+    /// Seconds of one plain step on this device.
+    pub fn plain_step(&self) -> f64 {
+        self.costs.verify(1.0)
+    }
+
     /// Tokens that a draft of `shape` is expected to yield.
     fn tokens(&self, shape: Shape) -> f64 {
         1.0 + self.survival[shape.width - 1][..shape.length].iter().sum::<f64>()
