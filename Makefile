@@ -7,11 +7,15 @@ LACUNA := target/release/lacuna
 TRAIN ?= --minutes 85 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
 # Its autoregressive sibling: the same tasks, batches, steps and optimiser.
 TRAIN_AR ?= --objective autoregressive --tokenizer models/nano --steps 24900 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
+# How the draft heads of the autoregressive model that ships were trained; drafters/*/training/curve.jsonl has the curves.
+TEACHER ?= models/nano-ar
+DRAFTERS ?= $(TEACHER)/drafters-new
+TRAIN_HEADS ?= --steps 4000 --layers 1 --learning-rate 3e-3 --dtype bf16 --seed 1
 # A task of the kind that the model has learnt.
 EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench train train-ar clean
+.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench train train-ar train-drafters clean
 
 help: ## list what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +63,10 @@ train: build ## train the model that ships anew, into models/nano-new
 
 train-ar: build ## train its autoregressive sibling anew, into models/nano-ar-new
 	$(LACUNA) train --out models/nano-ar-new $(TRAIN_AR)
+
+train-drafters: build ## train draft heads for TEACHER anew, into DRAFTERS
+	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind redrafter --draft-vocabulary 256 $(TRAIN_HEADS)
+	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind medusa $(TRAIN_HEADS)
 
 clean: ## remove what was built, but neither libtorch nor .venv
 	cargo clean

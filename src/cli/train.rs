@@ -21,7 +21,7 @@ pub struct Options {
 #[derive(Subcommand, Debug)]
 enum What {
     /// Train draft heads for an autoregressive model, which writes the texts that they learn from
-    Drafter(Box<DrafterOptions>),
+    Drafter(DrafterOptions),
 }
 
 #[derive(Args, Debug)]
@@ -120,7 +120,7 @@ struct DrafterOptions {
     /// Texts to learn from [default: 16384 of nano tasks, or one for each prompt]
     #[arg(long, value_name = "N")]
     texts: Option<usize>,
-    /// Type of the teacher; heads train in f32
+    /// Type of the teacher and of the heads' products; the heads' weights and the optimiser stay in f32
     #[arg(long, default_value = "f32")]
     dtype: Dtype,
     /// Threads of one operation; 0 leaves it to libtorch
@@ -130,7 +130,7 @@ struct DrafterOptions {
 
 pub fn run(options: Options) -> Result<()> {
     match (options.what, options.model) {
-        (Some(What::Drafter(options)), _) => drafter(*options),
+        (Some(What::Drafter(options)), _) => drafter(options),
         (None, Some(options)) => model(options),
         // clap asks for --out before it comes to this.
         (None, None) => anyhow::bail!("say what to train: --out DIR for a model, or drafter for draft heads"),

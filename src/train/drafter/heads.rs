@@ -75,12 +75,15 @@ pub struct Heads {
     pub parameters: Parameters,
     /// The token of each of the head's rows, ascending, where they are a part of the vocabulary.
     pub tokens: Option<Tensor>,
+    /// In which the networks run; parameters and optimiser stay in f32.
+    dtype: Dtype,
 }
 
 /// Trainable parameters, and beside them the table of a trimmed vocabulary, which nothing trains.
 struct HeadSource<'a> {
     parameters: &'a mut Parameters,
     offsets: Option<Tensor>,
+    dtype: Dtype,
 }
 
 impl Source for HeadSource<'_> {
@@ -89,20 +92,20 @@ impl Source for HeadSource<'_> {
     fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor, ModelError> {
         match &self.offsets {
             Some(offsets) if spec.name == "d2t" => Ok(offsets.shallow_clone()),
-            _ => self.parameters.tensor(spec),
+            _ => Ok(self.parameters.tensor(spec)?.f_to_kind(self.dtype.kind())?),
         }
     }
 }
 
 impl Heads {
-    /// Blocks that change nothing at first, and the teacher's own vocabulary head behind Medusa's and behind a ReDrafter's that is
+    /// Heads that run in the teacher's type. Blocks that change nothing at first, and the teacher's own vocabulary head behind Medusa's and behind a ReDrafter's that is
     /// as wide; all else is drawn, narrower where more is summed.
     pub fn new(settings: Settings, teacher: &Transformer, tokens: Option<&[i64]>, seed: u64) -> Result<Self> {
         let tokens = tokens.map(Tensor::f_from_slice).transpose()?;
-        let (kind, device) = (Kind::Float, Device::Cpu);
+        let (kind, device, dtype) = (Kind::Float, Device::Cpu, teacher.placement().dtype);
         let width = teacher.config().hidden_size as i64;
         // The head's logits of the unit vectors are its columns.
-        let unit = Tensor::f_eye(width, (kind, device))?.f_to_kind(teacher.placement().dtype.kind())?;
+        let unit = Tensor::f_eye(width, (kind, device))?.f_to_kind(dtype.kind())?;
         let own = tch::no_grad(|| teacher.logits(&unit))?.f_to_kind(kind)?.f_transpose(0, 1)?.f_contiguous()?;
         let own = if let Some(tokens) = &tokens { own.f_index_select(0, tokens)? } else { own };
         let initial = |TensorSpec { name, shape }: &TensorSpec| -> Result<Tensor> {
@@ -115,7 +118,7 @@ impl Heads {
             })
         };
         let specs: Vec<_> = settings.manifest().into_iter().filter(|spec| spec.name != "d2t").collect();
-        Ok(Self { settings, parameters: Parameters::from_specs(&specs, seed, initial)?, tokens })
+        Ok(Self { settings, parameters: Parameters::from_specs(&specs, seed, initial)?, tokens, dtype })
     }
 
     /// How far each row's token lies behind its row.
@@ -130,7 +133,7 @@ impl Heads {
     /// sees the text's tokens, as it will those that it has drafted rightly.
     pub fn logits(&self, teacher: &Transformer, contexts: &Tensor, steps: &[Step]) -> Result<Vec<Tensor>> {
         let mut parameters = self.parameters.shallow_clone();
-        let mut source = HeadSource { parameters: &mut parameters, offsets: self.offsets()? };
+        let mut source = HeadSource { parameters: &mut parameters, offsets: self.offsets()?, dtype: self.dtype };
         let mut all = Vec::with_capacity(steps.len());
         match self.settings {
             Settings::Redrafter(settings) => {

@@ -75,7 +75,7 @@ pub struct Options {
     pub exit_dim: Option<usize>,
     pub unroll: Option<usize>,
     pub draft_vocabulary: Option<usize>,
-    /// Of the teacher.
+    /// Of the teacher, and of the heads' products.
     pub dtype: Dtype,
     pub threads: usize,
 }
@@ -291,7 +291,7 @@ impl Lesson<'_> {
             let hidden = self.teacher.hidden(&batch.tokens, Attention::Causal)?;
             let hidden = hidden.f_reshape([-1, self.teacher.config().hidden_size as i64])?;
             let judges = self.teacher.logits(&hidden.f_index_select(0, &batch.judges)?)?.f_to_kind(Kind::Float)?;
-            Ok((hidden.f_index_select(0, &batch.contexts)?.f_to_kind(Kind::Float)?, judges))
+            Ok((hidden.f_index_select(0, &batch.contexts)?, judges))
         })
     }
 

@@ -59,9 +59,12 @@ pub struct Texts {
     pub training: Vec<Text>,
 }
 
+/// A prompt's tokens.
+type Prompt = Vec<u32>;
+
 /// Prompts of one length.
 struct Group {
-    prompts: Vec<Vec<u32>>,
+    prompts: Vec<Prompt>,
     temperature: f64,
 }
 
@@ -101,7 +104,7 @@ pub fn prepare(file: &Path, teacher: &Checkpoint, model: &Transformer, settings:
 }
 
 /// The prompts' tokens, held out and to learn from. The two have no prompt in common.
-fn prompts(teacher: &Checkpoint, settings: &Settings) -> Result<(Vec<Vec<u32>>, Vec<Vec<u32>>)> {
+fn prompts(teacher: &Checkpoint, settings: &Settings) -> Result<(Vec<Prompt>, Vec<Prompt>)> {
     let encode = |text: &str| teacher.tokenizer.encode(text, false).map_err(anyhow::Error::msg);
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     let Some(path) = &settings.prompts else {
@@ -133,8 +136,8 @@ fn prompt(line: &str) -> Result<String> {
 }
 
 /// Puts prompts of one length together.
-fn group(prompts: Vec<Vec<u32>>, temperature: f64, length: usize, context: usize) -> Result<Vec<Group>> {
-    let mut by_length = BTreeMap::<usize, Vec<Vec<u32>>>::new();
+fn group(prompts: Vec<Prompt>, temperature: f64, length: usize, context: usize) -> Result<Vec<Group>> {
+    let mut by_length = BTreeMap::<usize, Vec<Prompt>>::new();
     for prompt in prompts {
         let fits = !prompt.is_empty() && prompt.len() < context;
         ensure!(fits, "a prompt has {} tokens: it must have one, and leave room in the model's {context}", prompt.len());
