@@ -217,7 +217,8 @@ impl Source for WeightSource<'_> {
     }
 }
 
-/// Writes tensors as one safetensors file in `dtype`, atomically: a reader sees the old file or the new one.
+/// Writes tensors as one safetensors file in `dtype`, atomically: a reader sees the old file or the new one. A trimmed vocabulary's
+/// table is written as the whole numbers that it is; readers that look for them on their boundaries want it first.
 pub fn save(path: &Path, tensors: &[(String, Tensor)], dtype: Dtype) -> Result<(), CheckpointError> {
     let specs: Vec<_> = tensors.iter().map(|(name, tensor)| TensorSpec { name: name.clone(), shape: tensor.size() }).collect();
     let mut rest = tensors.iter();
@@ -234,17 +235,18 @@ pub fn save_each(
     dtype: Dtype,
     tensor: &mut dyn FnMut(&TensorSpec) -> Result<Tensor, CheckpointError>,
 ) -> Result<(), CheckpointError> {
-    let stored = match dtype {
-        Dtype::F32 => StoredType::F32,
-        Dtype::F16 => StoredType::F16,
-        Dtype::Bf16 => StoredType::BF16,
+    let floats = match dtype {
+        Dtype::F32 => (StoredType::F32, dtype.kind()),
+        Dtype::F16 => (StoredType::F16, dtype.kind()),
+        Dtype::Bf16 => (StoredType::BF16, dtype.kind()),
     };
+    let form = |name: &str| if name == TABLE { (StoredType::I64, Kind::Int64) } else { floats };
     let wrong = |reason: String| CheckpointError::Weights { path: path.into(), reason };
     let mut end = 0;
     let places = specs.iter().map(|spec| {
         let shape: Vec<_> = spec.shape.iter().map(|n| *n as usize).collect();
-        let start = end;
-        end += shape.iter().product::<usize>() * dtype.size();
+        let (start, (stored, kind)) = (end, form(&spec.name));
+        end += shape.iter().product::<usize>() * kind.elt_size_in_bytes();
         (spec.name.clone(), TensorInfo { dtype: stored, shape, data_offsets: (start, end) })
     });
     let places: Vec<_> = places.collect();
@@ -263,9 +265,10 @@ pub fn save_each(
             if tensor.size() != spec.shape {
                 return Err(wrong(format!("tensor {} has shape {:?}, not {:?}", spec.name, tensor.size(), spec.shape)));
             }
-            let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(dtype.kind())?.f_contiguous()?;
+            let (_, kind) = form(&spec.name);
+            let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?;
             let elements = tensor.numel();
-            let mut bytes = vec![0u8; elements * dtype.size()];
+            let mut bytes = vec![0u8; elements * kind.elt_size_in_bytes()];
             tensor.f_copy_data_u8(&mut bytes, elements)?;
             write(&bytes)?;
         }
@@ -273,9 +276,12 @@ pub fn save_each(
     })
 }
 
+/// What a trimmed vocabulary's table is called.
+const TABLE: &str = "d2t";
+
 /// Types that a tensor may be stored in. The table of a trimmed vocabulary holds token ids, which no 16-bit type tells apart.
 fn types(name: &str) -> &'static [StoredType] {
-    if name == "d2t" { &[StoredType::I64, StoredType::F32] } else { &[StoredType::F32, StoredType::F16, StoredType::BF16] }
+    if name == TABLE { &[StoredType::I64, StoredType::F32] } else { &[StoredType::F32, StoredType::F16, StoredType::BF16] }
 }
 
 fn kind(stored: StoredType) -> Option<Kind> {
