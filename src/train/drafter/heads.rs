@@ -16,9 +16,6 @@ use crate::model::{ModelError, Source, TensorSpec, Transformer};
 use crate::tensor::{Device, Dtype, Kind, Tensor};
 use crate::train::parameters::Parameters;
 
-/// f16 holds every whole number up to here.
-const F16_WHOLE_MAX: i64 = 2048;
-
 /// Which heads, and of what size.
 #[derive(Clone, Copy, Debug)]
 pub enum Settings {
@@ -124,7 +121,7 @@ impl Heads {
     /// How far each row's token lies behind its row.
     fn offsets(&self) -> Result<Option<Tensor>> {
         let offset = |tokens: &Tensor| -> Result<Tensor> {
-            Ok(tokens.f_sub(&Tensor::f_arange(tokens.size()[0], (Kind::Int64, Device::Cpu))?)?.f_to_kind(Kind::Float)?)
+            Ok(tokens.f_sub(&Tensor::f_arange(tokens.size()[0], (Kind::Int64, Device::Cpu))?)?)
         };
         self.tokens.as_ref().map(offset).transpose()
     }
@@ -167,12 +164,11 @@ impl Heads {
             };
             Ok((spec.name, tensor))
         };
-        let tensors = self.settings.manifest().into_iter().map(tensor).collect::<Result<Vec<_>>>()?;
-        // One type for the whole file, and a token's number must survive it.
-        let furthest = offsets.map(|offsets| offsets.f_max()?.f_double_value(&[])).transpose()?.unwrap_or(0.0);
-        let dtype = if furthest as i64 > F16_WHOLE_MAX { Dtype::F32 } else { Dtype::F16 };
+        let mut tensors = self.settings.manifest().into_iter().map(tensor).collect::<Result<Vec<_>>>()?;
+        // Whole numbers of eight bytes each stand before the halves, on their boundaries.
+        tensors.sort_by_key(|(name, _)| name != "d2t");
         std::fs::create_dir_all(folder).context("cannot create the heads' folder")?;
         write_atomically(&folder.join("config.json"), &config)?;
-        Ok(weights::save(&folder.join("model.safetensors"), &tensors, dtype)?)
+        Ok(weights::save(&folder.join("model.safetensors"), &tensors, Dtype::F16)?)
     }
 }
