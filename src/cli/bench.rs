@@ -134,8 +134,14 @@ fn speculate(options: Speculate) -> Result<()> {
     println!("{:>10}  {:7.0} tokens/s", "plain", report.plain_tokens_per_second);
     for (name, lane) in &report.lanes {
         println!(
-            "{name:>10}  {:7.0} tokens/s  {:.2} times plain (least {:.2})  acceptance length {:.2}  same text {}/{}",
-            lane.tokens_per_second, lane.speedup, lane.speedup_least, lane.acceptance_length, lane.same_text, report.prompts
+            "{name:>10}  {:7.0} tokens/s  {:.2} times plain (least {:.2}; with prefill {:.2})  acceptance length {:.2}  same text {}/{}",
+            lane.tokens_per_second,
+            lane.speedup,
+            lane.speedup_least,
+            lane.whole_speedup,
+            lane.acceptance_length,
+            lane.same_text,
+            report.prompts
         );
     }
     let curve: Vec<_> = report.cost_curve.iter().map(|cost| format!("{}: {:.2}", cost.tokens, cost.ratio)).collect();

@@ -1,5 +1,5 @@
-//! What forwards of several tokens, and drafts, cost on this device: a few runs of each, the best of which counts, since whatever
-//! disturbs a run only lengthens it.
+//! What forwards of several tokens, and drafts, cost on this device: some rounds of all sizes in turn, so that a slow moment meets all
+//! of them, and of each size the best run, since whatever disturbs a run only lengthens it.
 
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use crate::tensor::{Kind, Tensor};
 const TOKENS: [usize; 9] = [1, 2, 3, 4, 6, 8, 12, 16, 32];
 /// Positions in the cache while measuring.
 const PAST: usize = 32;
-const RUNS: usize = 5;
+const ROUNDS: usize = 8;
 
 /// Seconds of a forward of so many tokens over a cache, head included, ascending and never falling.
 pub fn verify(model: &Transformer) -> Result<Vec<(usize, f64)>, ModelError> {
@@ -33,9 +33,10 @@ pub fn verify(model: &Transformer) -> Result<Vec<(usize, f64)>, ModelError> {
             run(past, &cache)?;
             cache.keep(&(0..past).collect::<Vec<_>>())?;
         }
+        let sizes: Vec<usize> = TOKENS.into_iter().filter(|tokens| past + tokens <= model.context()).collect();
+        let best = best_of(sizes.len(), |size| run(sizes[size], &cache))?;
         let mut costs: Vec<(usize, f64)> = vec![];
-        for tokens in TOKENS.into_iter().filter(|tokens| past + tokens <= model.context()) {
-            let best = best_of(|| run(tokens, &cache))?;
+        for (tokens, best) in sizes.into_iter().zip(best) {
             costs.push((tokens, best.max(costs.last().map_or(0.0, |last| last.1))));
         }
         Ok(costs)
@@ -49,22 +50,27 @@ pub fn draft(model: &Transformer, drafter: &dyn Drafter, kind: DrafterKind) -> R
         let hidden = Tensor::f_zeros([1, model.config().hidden_size as i64], (placement.dtype.kind(), placement.device))?;
         // Text that repeats itself, so that there is something to look up.
         let tokens: Vec<u32> = (0..PAST as u32).map(|at| at % 2).collect();
-        let time = |shape: Shape| {
-            let asked = Drafting { drafter: kind, row: 0, shape, temperature: 0.0, seed: 0 };
-            best_of(|| drafter.draft(&Context { model, tokens: &tokens, hidden: &hidden, asked }).map(drop))
-        };
-        let cost = |shape| Ok(DraftCost { shape, candidates: drafter.nodes(shape), seconds: time(shape)? });
-        shapes(drafter.limit()).into_iter().map(cost).collect()
+        let shapes = shapes(drafter.limit());
+        let best = best_of(shapes.len(), |shape| {
+            let asked = Drafting { drafter: kind, row: 0, shape: shapes[shape], temperature: 0.0, seed: 0 };
+            drafter.draft(&Context { model, tokens: &tokens, hidden: &hidden, asked }).map(drop)
+        })?;
+        let cost = |(shape, seconds): (Shape, f64)| DraftCost { shape, candidates: drafter.nodes(shape), seconds };
+        Ok(shapes.into_iter().zip(best).map(cost).collect())
     })
 }
 
-fn best_of(mut run: impl FnMut() -> Result<(), ModelError>) -> Result<f64, ModelError> {
-    run()?;
-    let mut best = f64::INFINITY;
-    for _ in 0..RUNS {
-        let started = Instant::now();
-        run()?;
-        best = best.min(started.elapsed().as_secs_f64());
+/// The least seconds of each of `count` things to run, over [`ROUNDS`] after one that does not count.
+fn best_of(count: usize, mut run: impl FnMut(usize) -> Result<(), ModelError>) -> Result<Vec<f64>, ModelError> {
+    let mut best = vec![f64::INFINITY; count];
+    for round in 0..=ROUNDS {
+        for (thing, best) in best.iter_mut().enumerate() {
+            let started = Instant::now();
+            run(thing)?;
+            if round > 0 {
+                *best = best.min(started.elapsed().as_secs_f64());
+            }
+        }
     }
     Ok(best)
 }

@@ -10,6 +10,7 @@ pub mod lookup;
 pub mod measure;
 pub mod medusa;
 pub mod redrafter;
+pub mod search;
 
 use std::collections::BTreeMap;
 use std::path::Path;

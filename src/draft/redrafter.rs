@@ -8,16 +8,16 @@
 use std::path::Path;
 
 use super::heads::{Folder, Linear, bytes, spec};
-use super::{Context, Draft, Drafter};
+use super::{Context, Draft, Drafter, search};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::ModelConfig;
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::decode::autoregressive::tree::Tree;
 use crate::model::{ModelError, Source, TensorSpec, Transformer, linear};
-use crate::tensor::{Kind, Placement, Tensor};
+use crate::tensor::{Device, Dtype, Kind, Placement, Tensor};
 
 /// Candidates that a beam may go on with; the authors' `warp_logits` keeps so many and forgets the rest.
-const KEPT: i64 = 50;
+pub(super) const KEPT: i64 = 50;
 
 /// Sizes and kind of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +63,9 @@ pub struct Redrafter {
     head: Tensor,
     /// `U` with its bias, and `W`.
     recurrence: Option<(Linear, Tensor)>,
-    /// The token of each of the head's rows, where they are trimmed.
+    /// The token of each of the head's rows, where they are trimmed; on the device, and at hand.
     tokens: Option<Tensor>,
+    ids: Option<Vec<u32>>,
 }
 
 /// Beams of one search: tokens behind the root, best beam first, and their logarithmic scores.
@@ -83,8 +84,7 @@ impl Source for FolderSource<'_> {
     type Error = CheckpointError;
 
     fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor, CheckpointError> {
-        let placement =
-            if spec.name == "d2t" { Placement { dtype: crate::tensor::Dtype::F32, ..self.placement } } else { self.placement };
+        let placement = if spec.name == "d2t" { Placement { dtype: Dtype::F32, ..self.placement } } else { self.placement };
         self.folder.tensor(&spec.name, placement)
     }
 }
@@ -105,9 +105,12 @@ impl Redrafter {
             recurrent: folder.flag("rnn", false),
         };
         folder.check(&settings.manifest())?;
+        // A head is small; on the CPU narrower numbers would save nothing.
+        let dtype = if placement.device == Device::Cpu { Dtype::F32 } else { placement.dtype };
+        let placement = Placement { dtype, ..placement };
         let head = Self::new(settings, &mut FolderSource { folder: &folder, placement })?;
         if let Some(tokens) = &head.tokens {
-            let mut ids: Vec<i64> = Vec::try_from(&tokens.f_to_device(crate::tensor::Device::Cpu)?)?;
+            let mut ids: Vec<i64> = Vec::try_from(&tokens.f_to_device(Device::Cpu)?)?;
             if ids.iter().any(|id| *id < 0 || *id >= model.vocab_size as i64) {
                 return folder.wrong(format!("d2t leads outside the model's vocabulary of {}", model.vocab_size));
             }
@@ -134,7 +137,8 @@ impl Redrafter {
         let recurrence =
             if settings.recurrent { Some((Linear { weight: next()?, bias: Some(next()?) }, next()?)) } else { None };
         let tokens = if settings.trimmed { Some(rows_to_tokens(&next()?)?) } else { None };
-        Ok(Self { settings, input, blocks, head, recurrence, tokens })
+        let ids = tokens.as_ref().map(ids).transpose()?;
+        Ok(Self { settings, input, blocks, head, recurrence, tokens, ids })
     }
 
     /// The same weights under another handle.
@@ -146,11 +150,34 @@ impl Redrafter {
             head: self.head.shallow_clone(),
             recurrence: self.recurrence.as_ref().map(|(u, w)| (u.shallow_clone(), w.shallow_clone())),
             tokens: self.tokens.as_ref().map(Tensor::shallow_clone),
+            ids: self.ids.clone(),
         }
     }
 
     pub fn settings(&self) -> Settings {
         self.settings
+    }
+
+    pub(super) fn input(&self) -> Option<&Linear> {
+        self.input.as_ref()
+    }
+
+    pub(super) fn blocks(&self) -> &[Linear] {
+        &self.blocks
+    }
+
+    pub(super) fn head(&self) -> &Tensor {
+        &self.head
+    }
+
+    /// `U` with its bias, and `W`.
+    pub(super) fn recurrence(&self) -> Option<(&Linear, &Tensor)> {
+        self.recurrence.as_ref().map(|(u, w)| (u, w))
+    }
+
+    /// The token of a row of the head.
+    pub(super) fn token(&self, row: usize) -> u32 {
+        self.ids.as_ref().map_or(row as u32, |ids| ids[row])
     }
 
     /// The next state, `[rows, hidden]`, from the last tokens' embeddings and the state before; `None` is the state zero.
@@ -205,6 +232,14 @@ impl Redrafter {
 
     /// The `shape.width` best continuations of `root` by `shape.length` tokens. `context` is `[1, hidden]`.
     pub fn search(&self, model: &Transformer, context: &Tensor, root: u32, shape: Shape) -> Result<Search, ModelError> {
+        match search::search(self, model, context, root, shape) {
+            Some(found) => Ok(found),
+            None => self.search_tensors(model, context, root, shape),
+        }
+    }
+
+    /// [`Redrafter::search`] on whatever device the head is.
+    pub fn search_tensors(&self, model: &Transformer, context: &Tensor, root: u32, shape: Shape) -> Result<Search, ModelError> {
         let device = context.device();
         let kept = KEPT.min(self.settings.rows as i64);
         let root = Tensor::f_from_slice(&[i64::from(root)])?.f_to_device(device)?;
@@ -231,8 +266,8 @@ impl Redrafter {
             steps.extend([tokens, parents]);
         }
         let Some(scores) = scores else { return Ok(Search { beams: vec![], scores: vec![] }) };
-        let scores: Vec<f32> = Vec::try_from(&scores.f_to_device(crate::tensor::Device::Cpu)?)?;
-        let all = Tensor::f_cat(&steps, 0)?.f_to_device(crate::tensor::Device::Cpu)?;
+        let scores: Vec<f32> = Vec::try_from(&scores.f_to_device(Device::Cpu)?)?;
+        let all = Tensor::f_cat(&steps, 0)?.f_to_device(Device::Cpu)?;
         Ok(Search { beams: trace(&Vec::<i64>::try_from(&all)?, &steps, scores.len()), scores })
     }
 
@@ -246,6 +281,12 @@ impl Redrafter {
 fn rows_to_tokens(offsets: &Tensor) -> Result<Tensor, ModelError> {
     let rows = Tensor::f_arange(offsets.size()[0], (Kind::Int64, offsets.device()))?;
     Ok(rows.f_add(&offsets.f_round()?.f_to_kind(Kind::Int64)?)?)
+}
+
+/// What a tensor of tokens holds. Those below 0 are no tokens, and refused by whoever knows the vocabulary.
+fn ids(tokens: &Tensor) -> Result<Vec<u32>, ModelError> {
+    let ids: Vec<i64> = Vec::try_from(&tokens.f_to_device(Device::Cpu)?)?;
+    Ok(ids.into_iter().map(|id| u32::try_from(id).unwrap_or(u32::MAX)).collect())
 }
 
 /// The tokens of each beam, from each step's tokens and the beams that they go on from.

@@ -38,8 +38,11 @@ pub struct Options {
 /// One method's figures.
 #[derive(Clone, Debug, Serialize)]
 pub struct Lane {
-    /// Tokens of all prompts by the medians of their times.
+    /// Tokens of all prompts by the medians of their times, both behind a text's first token, which prefill yields.
     pub tokens_per_second: f64,
+    /// All tokens by all of the time, prefill included.
+    pub whole_tokens_per_second: f64,
+    pub whole_speedup: f64,
     /// Against plain decoding in the same run: of all prompts together, and the least of any prompt (of each, the median over the
     /// rounds).
     pub speedup: f64,
@@ -75,6 +78,7 @@ pub struct Report {
     pub rounds: usize,
     pub tokens: usize,
     pub plain_tokens_per_second: f64,
+    pub plain_whole_tokens_per_second: f64,
     #[serde(flatten)]
     pub lanes: BTreeMap<&'static str, Lane>,
     pub cost_curve: Vec<Cost>,
@@ -130,7 +134,8 @@ pub fn run(
         prompts: prompts.len(),
         rounds: options.rounds,
         tokens,
-        plain_tokens_per_second: rate(plain),
+        plain_tokens_per_second: rate(plain, behind_first),
+        plain_whole_tokens_per_second: rate(plain, whole),
         lanes: BTreeMap::new(),
         cost_curve: vec![],
     };
@@ -202,33 +207,47 @@ fn one(
     }
 }
 
-/// Seconds that a prompt takes: the median over the rounds, prefill left out by nobody.
-fn seconds(runs: &[Run]) -> f64 {
-    median(runs.iter().map(|run| run.usage.decoding.as_secs_f64()).collect())
+/// Tokens behind the first and the seconds that they took.
+fn behind_first(run: &Run) -> (f64, f64) {
+    let first = run.usage.time_to_first_commit.unwrap_or(run.usage.decoding);
+    (run.usage.generated_tokens.saturating_sub(1) as f64, run.usage.decoding.saturating_sub(first).as_secs_f64())
 }
 
-fn rate(prompts: &[Vec<Run>]) -> f64 {
-    let tokens: usize = prompts.iter().map(|runs| runs[0].usage.generated_tokens).sum();
-    tokens as f64 / prompts.iter().map(|runs| seconds(runs)).sum::<f64>().max(1e-9)
+/// All tokens and all seconds.
+fn whole(run: &Run) -> (f64, f64) {
+    (run.usage.generated_tokens as f64, run.usage.decoding.as_secs_f64())
 }
 
-/// Tokens a second of one run; plain decoding and a drafter may part at a tie, and then have texts of different lengths.
-fn speed(run: &Run) -> f64 {
-    run.usage.generated_tokens.max(1) as f64 / run.usage.decoding.as_secs_f64().max(1e-9)
+/// Tokens a second over all prompts; of each prompt's times the median counts.
+fn rate(prompts: &[Vec<Run>], part: fn(&Run) -> (f64, f64)) -> f64 {
+    let tokens: f64 = prompts.iter().map(|runs| part(&runs[0]).0).sum();
+    let seconds = prompts.iter().map(|runs| median(runs.iter().map(|run| part(run).1).collect()));
+    tokens / seconds.sum::<f64>().max(1e-9)
+}
+
+/// Tokens a second of one run, behind its first; texts of one token have no such rate. Plain decoding and a drafter may part at a
+/// tie, and then have texts of different lengths.
+fn speed(run: &Run) -> Option<f64> {
+    let (tokens, seconds) = behind_first(run);
+    (tokens > 0.0 && seconds > 0.0).then(|| tokens / seconds)
 }
 
 fn figures(prompts: &[String], plain: &[Vec<Run>], runs: &[Vec<Run>]) -> Lane {
-    let ratios =
-        plain.iter().zip(runs).map(|(plain, runs)| median(plain.iter().zip(runs).map(|(p, r)| speed(r) / speed(p)).collect()));
-    let least = ratios.enumerate().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((0, 0.0));
+    let ratios = plain.iter().zip(runs).enumerate().filter_map(|(at, (plain, runs))| {
+        let ratios: Vec<f64> = plain.iter().zip(runs).filter_map(|(p, r)| Some(speed(r)? / speed(p)?)).collect();
+        (!ratios.is_empty()).then(|| (at, median(ratios)))
+    });
+    let least = ratios.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((0, 0.0));
     let all = || runs.iter().flatten();
     let mut drafts = Speculation::default();
     all().filter_map(|run| run.usage.speculation.as_ref()).for_each(|found| drafts.add(found));
     let total: f64 = all().map(|run| run.usage.decoding.as_secs_f64()).sum();
     let share = |part: fn(&Usage) -> Duration| all().map(|run| part(&run.usage).as_secs_f64()).sum::<f64>() / total.max(1e-9);
     Lane {
-        tokens_per_second: rate(runs),
-        speedup: rate(runs) / rate(plain).max(1e-9),
+        tokens_per_second: rate(runs, behind_first),
+        whole_tokens_per_second: rate(runs, whole),
+        whole_speedup: rate(runs, whole) / rate(plain, whole).max(1e-9),
+        speedup: rate(runs, behind_first) / rate(plain, behind_first).max(1e-9),
         speedup_least: least.1,
         speedup_least_prompt: prompts.get(least.0).cloned().unwrap_or_default(),
         acceptance_length: drafts.acceptance_length(),

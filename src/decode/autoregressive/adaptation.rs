@@ -46,9 +46,9 @@ pub struct DraftCost {
 impl Costs {
     /// Of a forward of `nodes` tokens, between or beyond the measured points on straight lines.
     pub fn verify(&self, nodes: f64) -> f64 {
-        let points: Vec<(f64, f64)> = self.verify.iter().map(|(nodes, cost)| (*nodes as f64, *cost)).collect();
-        let above = points.iter().position(|(at, _)| *at >= nodes).unwrap_or(points.len().saturating_sub(1));
-        match (points.get(above.saturating_sub(1)), points.get(above)) {
+        let at = |index: usize| self.verify.get(index).map(|(tokens, seconds)| (*tokens as f64, *seconds));
+        let above = self.verify.iter().position(|(at, _)| *at as f64 >= nodes).unwrap_or(self.verify.len().saturating_sub(1));
+        match (at(above.saturating_sub(1)), at(above)) {
             (Some(low), Some(high)) if high.0 > low.0 => low.1 + (high.1 - low.1) * (nodes - low.0) / (high.0 - low.0),
             (_, Some(point)) => point.1,
             _ => 0.0,

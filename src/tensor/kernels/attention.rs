@@ -15,7 +15,7 @@ use crate::tensor::{Kind, Tensor};
 /// Largest size of a head.
 const DIM_MAX: usize = 256;
 /// Attention over fewer keys, all heads and queries together, is not worth other threads.
-const PARALLEL_FROM: usize = 4096;
+const PARALLEL_FROM: usize = 1024;
 
 /// What the queries of one forward look at.
 pub struct Query<'a> {
@@ -41,7 +41,7 @@ pub fn attention(query: &Query, keys: &Tensor, values: &Tensor) -> Result<Option
     let (Query { qkv, heads, kv_heads, dim, past, .. }, kind) = (query, query.qkv.kind());
     let width = (heads + 2 * kv_heads) * dim;
     let fits = fits(kind, qkv.device(), *dim)
-        && qkv.numel() % width == 0
+        && qkv.numel().is_multiple_of(width)
         && qkv.size().first() == Some(&1)
         && plain(qkv)
         && keys.kind() == kind
@@ -86,7 +86,11 @@ pub fn attention(query: &Query, keys: &Tensor, values: &Tensor) -> Result<Option
 
 /// Whether heads of this size and type can be done here.
 pub fn fits(kind: Kind, device: tch::Device, dim: usize) -> bool {
-    *super::FAST && device == tch::Device::Cpu && matches!(kind, Kind::Float | Kind::BFloat16) && dim <= DIM_MAX && dim % 2 == 0
+    *super::FAST
+        && device == tch::Device::Cpu
+        && matches!(kind, Kind::Float | Kind::BFloat16)
+        && dim <= DIM_MAX
+        && dim.is_multiple_of(2)
 }
 
 /// Rows that `row` sees beside what is kept: those it follows, the first of all first, and itself.

@@ -119,6 +119,12 @@ trait Lanes: Copy {
     unsafe fn load_bf16(from: *const u16) -> Self;
     unsafe fn multiply_add(self, by: Self, sum: Self) -> Self;
     unsafe fn store(self) -> [f32; LANES];
+
+    /// Sum of the lanes, halves onto halves.
+    #[inline(always)]
+    unsafe fn total(self) -> f32 {
+        fold(unsafe { self.store() })
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -151,6 +157,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn multiply_add(self, by: Self, sum: Self) -> Self {
             unsafe { _mm512_fmadd_ps(self, by, sum) }
+        }
+
+        #[inline(always)]
+        unsafe fn total(self) -> f32 {
+            unsafe { _mm512_reduce_add_ps(self) }
         }
 
         #[inline(always)]
@@ -288,7 +299,7 @@ unsafe fn dot<V: Lanes, T: Stored>(stored: *const T, with: *const f32, length: u
             sum = T::load::<V>(stored.add(at)).multiply_add(V::load(with.add(at)), sum);
             at += LANES;
         }
-        let mut total = fold(sum.store());
+        let mut total = sum.total();
         for at in whole..length {
             total = (*stored.add(at)).widen().mul_add(*with.add(at), total);
         }
@@ -328,10 +339,14 @@ fn exp(x: f32) -> f32 {
 /// The entry points of the OpenMP that libtorch has loaded. Their form is fixed by GCC's ABI since 4.9.
 #[derive(Clone, Copy)]
 struct OpenMp {
-    parallel: unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint),
-    thread: unsafe extern "C" fn() -> i32,
-    threads: unsafe extern "C" fn() -> i32,
+    parallel: Parallel,
+    thread: Number,
+    threads: Number,
 }
+
+type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
+type Number = unsafe extern "C" fn() -> std::ffi::c_int;
+type Pause = unsafe extern "C" fn(std::ffi::c_int) -> std::ffi::c_int;
 
 /// A function of this name among what is loaded.
 fn find(name: &std::ffi::CStr) -> Option<*mut c_void> {
@@ -349,7 +364,7 @@ pub fn release_threads() {
     const SOFT: std::ffi::c_int = 1;
     if let Some(pause) = find(c"omp_pause_resource_all") {
         // SAFETY: OpenMP 5.0's function of this name. Outside of any parallel work it has no effect but the one described.
-        unsafe { std::mem::transmute::<*mut c_void, unsafe extern "C" fn(std::ffi::c_int) -> std::ffi::c_int>(pause)(SOFT) };
+        unsafe { std::mem::transmute::<*mut c_void, Pause>(pause)(SOFT) };
     }
 }
 
@@ -357,9 +372,9 @@ static OPENMP: LazyLock<Option<OpenMp>> = LazyLock::new(|| {
     // SAFETY: these are the functions of these names.
     unsafe {
         Some(OpenMp {
-            parallel: std::mem::transmute::<*mut c_void, _>(find(c"GOMP_parallel")?),
-            thread: std::mem::transmute::<*mut c_void, _>(find(c"omp_get_thread_num")?),
-            threads: std::mem::transmute::<*mut c_void, _>(find(c"omp_get_num_threads")?),
+            parallel: std::mem::transmute::<*mut c_void, Parallel>(find(c"GOMP_parallel")?),
+            thread: std::mem::transmute::<*mut c_void, Number>(find(c"omp_get_thread_num")?),
+            threads: std::mem::transmute::<*mut c_void, Number>(find(c"omp_get_num_threads")?),
         })
     }
 });

@@ -7,6 +7,9 @@ use tch::TchError;
 use super::{Kernel, Lanes, ROWS_MAX, Stored, exp, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
+/// Fewer results are not worth other threads.
+const PARALLEL_FROM: usize = 4096;
+
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in f32; or `None` where libtorch should do it.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Option<Tensor>, TchError> {
     let width = weight.numel();
@@ -41,7 +44,7 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Option<Tensor>, TchError> {
     let rows = gate_up.numel() / (2 * width);
     let gated = Gated { x: gate_up.data_ptr(), out: out.data_ptr(), rows, width, half: gate_up.kind() == Kind::BFloat16 };
     // SAFETY: as above.
-    unsafe { launch(&gated, false) };
+    unsafe { launch(&gated, rows > 1 && rows * width >= PARALLEL_FROM) };
     Ok(Some(out))
 }
 
@@ -87,7 +90,7 @@ pub(super) unsafe fn normalise<V: Lanes, T: Stored>(x: &[T], weight: &[T], eps: 
         sum = unsafe { lanes.multiply_add(lanes, sum) };
         at += super::LANES;
     }
-    let mut total = super::fold(unsafe { sum.store() });
+    let mut total = unsafe { sum.total() };
     for value in &x[whole..] {
         total = value.widen().mul_add(value.widen(), total);
     }
@@ -107,15 +110,16 @@ struct Gated {
 
 impl Kernel for Gated {
     #[inline(always)]
-    unsafe fn share<V: Lanes>(&self, _thread: usize, _threads: usize) {
-        unsafe { if self.half { self.run::<u16>() } else { self.run::<f32>() } }
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+        let rows = self.rows * thread / threads..self.rows * (thread + 1) / threads;
+        unsafe { if self.half { self.run::<u16>(rows) } else { self.run::<f32>(rows) } }
     }
 }
 
 impl Gated {
     #[inline(always)]
-    unsafe fn run<T: Stored>(&self) {
-        for row in 0..self.rows {
+    unsafe fn run<T: Stored>(&self, rows: std::ops::Range<usize>) {
+        for row in rows {
             unsafe {
                 let gate = std::slice::from_raw_parts(self.x.cast::<T>().add(2 * row * self.width), self.width);
                 let up = std::slice::from_raw_parts(self.x.cast::<T>().add((2 * row + 1) * self.width), self.width);

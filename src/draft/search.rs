@@ -1,0 +1,108 @@
+//! ReDrafter's beam search on the CPU without tensors between its products: the head is so small that dispatching operations takes
+//! several times as long as computing them. The same numbers as [`Redrafter::search_tensors`], within rounding.
+
+use super::redrafter::{KEPT, Redrafter, Search};
+use crate::decode::autoregressive::adaptation::Shape;
+use crate::model::Transformer;
+use crate::tensor::Tensor;
+use crate::tensor::kernels::linear::{product, row};
+
+/// Beams that go on: the state of each, its tokens and its score.
+struct Beams {
+    /// `[beams, hidden]`.
+    states: Vec<f32>,
+    tokens: Vec<Vec<u32>>,
+    scores: Vec<f32>,
+}
+
+/// As [`Redrafter::search`]; `None` if weights, table or context are of a kind that the kernels do not read.
+pub fn search(head: &Redrafter, model: &Transformer, context: &Tensor, root: u32, shape: Shape) -> Option<Search> {
+    let hidden = head.settings().hidden_size;
+    let mut given = vec![0f32; hidden];
+    row(context, 0, &mut given)?;
+    let mut beams = Beams { states: advance(head, model, &[root], None)?, tokens: vec![vec![]], scores: vec![0.0] };
+    for step in 0..shape.length {
+        let count = beams.scores.len();
+        let logits = logits(head, &given, &beams.states, count)?;
+        let rows = logits.len() / count;
+        let mut candidates: Vec<(f32, usize, usize)> = vec![];
+        for (beam, logits) in logits.chunks_exact(rows).enumerate() {
+            let best = best(logits, KEPT as usize);
+            let top = best.first()?.0;
+            let total = best.iter().map(|(logit, _)| (logit - top).exp()).sum::<f32>().ln() + top;
+            let score = |(logit, row): &(f32, usize)| (beams.scores[beam] + logit - total, beam, *row);
+            candidates.extend(best.iter().take(shape.width).map(score));
+        }
+        // Stable: of equal scores the earlier beam's and the better row's counts.
+        candidates.sort_by(|a, b| b.0.total_cmp(&a.0));
+        candidates.truncate(shape.width);
+        let chosen: Vec<u32> = candidates.iter().map(|(_, _, row)| head.token(*row)).collect();
+        let parents: Vec<usize> = candidates.iter().map(|(_, beam, _)| *beam).collect();
+        let tokens = |(parent, token): (&usize, &u32)| beams.tokens[*parent].iter().copied().chain([*token]).collect();
+        let tokens = parents.iter().zip(&chosen).map(tokens).collect();
+        let states = match step + 1 < shape.length {
+            true => {
+                let before: Vec<f32> =
+                    parents.iter().flat_map(|beam| &beams.states[beam * hidden..(beam + 1) * hidden]).copied().collect();
+                advance(head, model, &chosen, Some(&before))?
+            }
+            false => vec![],
+        };
+        beams = Beams { states, tokens, scores: candidates.iter().map(|candidate| candidate.0).collect() };
+    }
+    if shape.length == 0 {
+        return Some(Search { beams: vec![], scores: vec![] });
+    }
+    Some(Search { beams: beams.tokens, scores: beams.scores })
+}
+
+fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
+
+/// The next state of each beam.
+fn advance(head: &Redrafter, model: &Transformer, tokens: &[u32], states: Option<&[f32]>) -> Option<Vec<f32>> {
+    let hidden = head.settings().hidden_size;
+    let mut embedded = vec![0f32; tokens.len() * hidden];
+    for (token, embedded) in tokens.iter().zip(embedded.chunks_exact_mut(hidden)) {
+        row(model.embedding(), *token as usize, embedded)?;
+    }
+    let Some((u, w)) = head.recurrence() else {
+        if let Some(states) = states {
+            embedded.iter_mut().zip(states).for_each(|(new, old)| *new += old);
+        }
+        return Some(embedded);
+    };
+    let mut next = product(w, None, &embedded, tokens.len())?;
+    let kept = match states {
+        Some(states) => product(&u.weight, u.bias.as_ref(), states, tokens.len())?,
+        None => product(&u.weight, u.bias.as_ref(), &vec![0f32; next.len()], tokens.len())?,
+    };
+    next.iter_mut().zip(kept).for_each(|(next, kept)| *next = silu(*next + kept));
+    Some(next)
+}
+
+/// `[beams, rows]`.
+fn logits(head: &Redrafter, context: &[f32], states: &[f32], beams: usize) -> Option<Vec<f32>> {
+    let mut x: Vec<f32> = states.chunks_exact(context.len()).flat_map(|state| context.iter().chain(state)).copied().collect();
+    if let Some(input) = head.input() {
+        x = product(&input.weight, input.bias.as_ref(), &x, beams)?;
+    }
+    for block in head.blocks() {
+        let inner = product(&block.weight, block.bias.as_ref(), &x, beams)?;
+        x.iter_mut().zip(inner).for_each(|(x, inner)| *x += silu(inner));
+    }
+    product(head.head(), None, &x, beams)
+}
+
+/// The `count` largest with their places, largest first.
+fn best(logits: &[f32], count: usize) -> Vec<(f32, usize)> {
+    let mut all: Vec<(f32, usize)> = logits.iter().copied().zip(0..).collect();
+    let order = |a: &(f32, usize), b: &(f32, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+    if count < all.len() {
+        all.select_nth_unstable_by(count, order);
+        all.truncate(count);
+    }
+    all.sort_unstable_by(order);
+    all
+}
