@@ -213,6 +213,9 @@ pub trait Decoder: Send {
     /// Candidates for what follows the last committed token; a drafter need not have any.
     fn propose(&mut self, _candidates: autoregressive::tree::Tree) {}
 
+    /// Told what the last window's forward and the drafting before it took, in seconds: timing is somebody else's, as data.
+    fn timed(&mut self, _forward: f64, _draft: f64) {}
+
     /// What has been learnt about the drafter.
     fn adaptation(&self) -> Option<&autoregressive::adaptation::Adaptation> {
         None

@@ -1,5 +1,5 @@
 //! What forwards of several tokens, and drafts, cost on this device: some rounds of all sizes in turn, so that a slow moment meets all
-//! of them, and of each size the best run, since whatever disturbs a run only lengthens it.
+//! of them, and of each size the median: what it usually takes.
 
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use crate::tensor::{Kind, Tensor};
 const TOKENS: [usize; 9] = [1, 2, 3, 4, 6, 8, 12, 16, 32];
 /// Positions in the cache while measuring.
 const PAST: usize = 32;
-const ROUNDS: usize = 8;
+const ROUNDS: usize = 9;
 
 /// Seconds of a forward of so many tokens over a cache, head included, ascending and never falling.
 pub fn verify(model: &Transformer) -> Result<Vec<(usize, f64)>, ModelError> {
@@ -34,10 +34,10 @@ pub fn verify(model: &Transformer) -> Result<Vec<(usize, f64)>, ModelError> {
             cache.keep(&(0..past).collect::<Vec<_>>())?;
         }
         let sizes: Vec<usize> = TOKENS.into_iter().filter(|tokens| past + tokens <= model.context()).collect();
-        let best = best_of(sizes.len(), |size| run(sizes[size], &cache))?;
+        let usual = medians(sizes.len(), |size| run(sizes[size], &cache))?;
         let mut costs: Vec<(usize, f64)> = vec![];
-        for (tokens, best) in sizes.into_iter().zip(best) {
-            costs.push((tokens, best.max(costs.last().map_or(0.0, |last| last.1))));
+        for (tokens, seconds) in sizes.into_iter().zip(usual) {
+            costs.push((tokens, seconds.max(costs.last().map_or(0.0, |last| last.1))));
         }
         Ok(costs)
     })
@@ -51,26 +51,30 @@ pub fn draft(model: &Transformer, drafter: &dyn Drafter, kind: DrafterKind) -> R
         // Text that repeats itself, so that there is something to look up.
         let tokens: Vec<u32> = (0..PAST as u32).map(|at| at % 2).collect();
         let shapes = shapes(drafter.limit());
-        let best = best_of(shapes.len(), |shape| {
+        let usual = medians(shapes.len(), |shape| {
             let asked = Drafting { drafter: kind, row: 0, shape: shapes[shape], temperature: 0.0, seed: 0 };
             drafter.draft(&Context { model, tokens: &tokens, hidden: &hidden, asked }).map(drop)
         })?;
         let cost = |(shape, seconds): (Shape, f64)| DraftCost { shape, candidates: drafter.nodes(shape), seconds };
-        Ok(shapes.into_iter().zip(best).map(cost).collect())
+        Ok(shapes.into_iter().zip(usual).map(cost).collect())
     })
 }
 
-/// The least seconds of each of `count` things to run, over [`ROUNDS`] after one that does not count.
-fn best_of(count: usize, mut run: impl FnMut(usize) -> Result<(), ModelError>) -> Result<Vec<f64>, ModelError> {
-    let mut best = vec![f64::INFINITY; count];
+/// The median seconds of each of `count` things to run, over [`ROUNDS`] after one that does not count.
+fn medians(count: usize, mut run: impl FnMut(usize) -> Result<(), ModelError>) -> Result<Vec<f64>, ModelError> {
+    let mut times = vec![vec![]; count];
     for round in 0..=ROUNDS {
-        for (thing, best) in best.iter_mut().enumerate() {
+        for (thing, times) in times.iter_mut().enumerate() {
             let started = Instant::now();
             run(thing)?;
             if round > 0 {
-                *best = best.min(started.elapsed().as_secs_f64());
+                times.push(started.elapsed().as_secs_f64());
             }
         }
     }
-    Ok(best)
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    Ok(times.into_iter().map(median).collect())
 }

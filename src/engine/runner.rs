@@ -161,7 +161,7 @@ pub fn step(
     let outcome = run(model, &window, residence)?;
     let mut events = sequence.advance(&outcome, window.purpose, tokenizer).map_err(super::StepError::Text)?;
     let aside = settle(model, drafters, sequence, residence, &outcome)?;
-    sequence.account(aside);
+    sequence.account(outcome.timing.total(), aside);
     events.extend(sequence.finish());
     Ok(events)
 }

@@ -114,7 +114,8 @@ impl Sequence {
     }
 
     /// Adds what the step cost beside its window.
-    pub fn account(&mut self, aside: Aside) {
+    pub fn account(&mut self, forward: Duration, aside: Aside) {
+        self.decoder.timed(forward.as_secs_f64(), aside.draft.as_secs_f64());
         self.usage.forwards.draft += aside.draft_forwards;
         self.usage.drafting += aside.draft;
         self.usage.committing += aside.commit;

@@ -3,7 +3,8 @@
 //! A draft of width `w` and length `l` yields `τ = 1 + Σ_k survival[w][k]` tokens, where `survival[w][k]` is the share of drafts
 //! whose first `k` tokens were right within the first `w` beams, and costs one forward of its nodes and the drafter's own work. The
 //! best shape is that with most tokens a second; where plain decoding is better, nothing is drafted, and a small draft now and
-//! then looks whether that still holds. Costs are data, measured by the engine; this module has no clock.
+//! then looks whether that still holds. Costs are data: measured when the model is loaded, and corrected by what forwards and drafts
+//! then take ([`Adaptation::timed`]), since a machine is seldom as it was. This module has no clock.
 
 use std::sync::Arc;
 
@@ -56,12 +57,18 @@ impl Costs {
     }
 }
 
-/// Weight of the newest draft in a moving share.
+/// Weight of the newest draft in a moving share; a sequence's first drafts weigh more, since what others saw is only a guess at it.
 const NEWEST: f64 = 0.2;
 /// A draft must promise to be faster by this factor; what is measured is not known better.
-const MARGIN: f64 = 1.05;
+const MARGIN: f64 = 1.1;
 /// Plain tokens before the next look at a drafter that did not pay: at first, and at most.
-const REST: (usize, usize) = (8, 128);
+const REST: (usize, usize) = (16, 128);
+/// Weight of the newest time in a moving cost, and how far beyond the expected a time may count: the rest is an accident.
+const TIMED: (f64, f64) = (0.1, 3.0);
+/// Steps after which a plain one is taken to see what it costs.
+const PLAIN_EVERY: usize = 64;
+/// Plain steps before the first draft of all.
+const PLAIN_FIRST: usize = 4;
 /// The draft that looks.
 const LOOK: Shape = Shape { width: 1, length: 2 };
 
@@ -69,6 +76,14 @@ const LOOK: Shape = Shape { width: 1, length: 2 };
 #[derive(Clone, Debug)]
 pub struct Adaptation {
     costs: Arc<Costs>,
+    /// Seconds of a forward of one token, and of each further token in it.
+    plain: f64,
+    further: f64,
+    /// What drafts take, by what they took when they were measured.
+    drafting: f64,
+    /// Steps since the last plain one.
+    since_plain: usize,
+    plain_steps: usize,
     /// `[width - 1][k - 1]`: share of drafts accepted to depth `k` within the first `width` beams.
     survival: Vec<Vec<f64>>,
     /// Nodes by candidates: how much sharing of prefixes leaves.
@@ -84,7 +99,22 @@ impl Adaptation {
     /// shape that will be asked about.
     pub fn new(costs: Arc<Costs>, limit: Shape, prior: f64) -> Self {
         let survival = vec![(1..=limit.length as i32).map(|depth| prior.powi(depth)).collect(); limit.width];
-        Self { costs, survival, packed: 0.8, drafts: 0, resting: 0, rest: REST.0 }
+        let (plain, eight) = (costs.verify(1.0), costs.verify(8.0));
+        let further = (eight - plain).max(0.0) / 7.0;
+        let (drafting, since_plain, plain_steps) = (1.0, 0, 0);
+        Self {
+            costs,
+            plain,
+            further,
+            drafting,
+            since_plain,
+            plain_steps,
+            survival,
+            packed: 0.8,
+            drafts: 0,
+            resting: 0,
+            rest: REST.0,
+        }
     }
 
     /// What a sequence begins with: what others saw.
@@ -99,11 +129,41 @@ impl Adaptation {
             *mine += weight * (theirs - *mine);
         }
         self.packed += weight * (other.packed - self.packed);
+        // Costs are the machine's, not the text's: the newest count.
+        (self.plain, self.further, self.drafting) = (other.plain, other.further, other.drafting);
+        (self.since_plain, self.plain_steps) = (other.since_plain, other.plain_steps);
     }
 
     /// Seconds of one plain step on this device.
     pub fn plain_step(&self) -> f64 {
-        self.costs.verify(1.0)
+        self.plain
+    }
+
+    /// Takes in what a forward of `nodes` tokens took in seconds.
+    pub fn timed(&mut self, nodes: usize, seconds: f64) {
+        let seconds = seconds.min(TIMED.1 * self.verify(nodes as f64));
+        if nodes <= 1 {
+            (self.since_plain, self.plain_steps) = (0, self.plain_steps + 1);
+            // The first times correct a guess.
+            let weight = TIMED.0.max(1.0 / (self.plain_steps as f64 + 1.0));
+            self.plain += weight * (seconds - self.plain);
+        } else {
+            self.since_plain += 1;
+            self.further += TIMED.0 * ((seconds - self.plain).max(0.0) / (nodes - 1) as f64 - self.further);
+        }
+    }
+
+    /// Takes in what a draft took.
+    pub fn drafted(&mut self, shape: Shape, seconds: f64) {
+        let Some(cost) = self.costs.draft.iter().find(|cost| cost.shape == shape).filter(|cost| cost.seconds > 0.0) else {
+            return;
+        };
+        let ratio = (seconds / cost.seconds).min(TIMED.1 * self.drafting);
+        self.drafting += TIMED.0 * (ratio - self.drafting);
+    }
+
+    fn verify(&self, nodes: f64) -> f64 {
+        self.plain + self.further * (nodes - 1.0)
     }
 
     /// Tokens that a draft of `shape` is expected to yield.
@@ -113,7 +173,7 @@ impl Adaptation {
 
     fn seconds(&self, draft: &DraftCost) -> f64 {
         let packed = if draft.shape.width == 1 { 1.0 } else { self.packed };
-        draft.seconds + self.costs.verify(1.0 + packed * draft.candidates as f64)
+        self.drafting * draft.seconds + self.verify(1.0 + packed * draft.candidates as f64)
     }
 
     /// The shape within `limit` to draft next, or `None` where a plain step is better.
@@ -123,11 +183,14 @@ impl Adaptation {
                 && shape.length <= limit.length.min(self.survival.first().map_or(0, Vec::len))
         };
         let drafts: Vec<DraftCost> = self.costs.draft.iter().copied().filter(|draft| fits(&draft.shape)).collect();
-        let plain = self.costs.verify(1.0);
+        let plain = self.plain;
         let gain = |tokens: f64, draft: &DraftCost| tokens * plain / self.seconds(draft);
         let gains = drafts.iter().map(|draft| (draft.shape, gain(self.tokens(draft.shape), draft)));
         let (shape, best) = gains.max_by(|a, b| a.1.total_cmp(&b.1))?;
         let could_pay = drafts.iter().any(|draft| gain(1.0 + draft.shape.length as f64, draft) >= MARGIN);
+        if self.plain_steps < PLAIN_FIRST || self.since_plain >= PLAIN_EVERY {
+            return None;
+        }
         if best >= MARGIN {
             self.rest = REST.0;
             return Some(shape);
@@ -145,6 +208,7 @@ impl Adaptation {
     /// Takes in how far a draft was right: `path` are the nodes confirmed, the root first.
     pub fn observe(&mut self, tree: &Tree, path: &[usize]) {
         self.drafts += 1;
+        let newest = NEWEST.max(1.0 / (self.drafts as f64 + 2.0));
         let width = tree.ranks().iter().max().map_or(0, |rank| rank + 1).min(self.survival.len());
         if width > 1 {
             let packed = (tree.len() - 1) as f64 / tree.candidates().max(1) as f64;
@@ -155,7 +219,7 @@ impl Adaptation {
             // Where a whole draft was right, nothing is known of what would have followed it.
             let known = if right >= tree.depth() { right } else { usize::MAX };
             for (at, survival) in self.survival[beams - 1].iter_mut().enumerate().take(known) {
-                *survival += NEWEST * (f64::from(u8::from(at < right)) - *survival);
+                *survival += newest * (f64::from(u8::from(at < right)) - *survival);
             }
         }
         // More beams are right at least as often.
@@ -181,6 +245,13 @@ mod tests {
         Arc::new(Costs { verify, draft: shapes.map(draft).collect() })
     }
 
+    /// One that has taken its plain steps.
+    fn settled(slope: f64) -> Adaptation {
+        let mut adaptation = Adaptation::new(costs(slope), LIMIT, 0.75);
+        (0..PLAIN_FIRST).for_each(|_| adaptation.timed(1, 1.0));
+        adaptation
+    }
+
     fn chain(length: u32) -> Tree {
         let tokens: Vec<u32> = (1..=length).collect();
         Tree::from_beams(0, [tokens.as_slice()])
@@ -196,7 +267,7 @@ mod tests {
 
     #[test]
     fn drafts_grow_with_acceptance_and_end_without_it() {
-        let mut adaptation = Adaptation::new(costs(0.02), LIMIT, 0.75);
+        let mut adaptation = settled(0.02);
         for _ in 0..40 {
             let tree = chain(6);
             adaptation.observe(&tree, &[0, 1, 2, 3, 4, 5, 6]);
@@ -219,14 +290,33 @@ mod tests {
     }
 
     #[test]
+    fn costs_follow_what_is_timed() {
+        let mut adaptation = settled(0.02);
+        assert!(adaptation.choose(LIMIT).is_some());
+        for _ in 0..60 {
+            adaptation.timed(4, 4.0);
+        }
+        assert_eq!(adaptation.choose(LIMIT), None, "each further token now costs a plain step");
+        for _ in 0..60 {
+            adaptation.timed(1, 1.0);
+            adaptation.timed(4, 1.1);
+        }
+        assert!(adaptation.choose(LIMIT).is_some());
+        for _ in 0..PLAIN_EVERY {
+            adaptation.timed(4, 1.1);
+        }
+        assert_eq!(adaptation.choose(LIMIT), None, "it is time to see what a plain step costs");
+    }
+
+    #[test]
     fn dear_forwards_are_not_drafted_for() {
-        let mut adaptation = Adaptation::new(costs(1.0), LIMIT, 0.75);
+        let mut adaptation = settled(1.0);
         assert_eq!(adaptation.choose(LIMIT), None);
     }
 
     #[test]
     fn width_pays_where_the_first_beam_is_often_wrong() {
-        let mut adaptation = Adaptation::new(costs(0.005), LIMIT, 0.75);
+        let mut adaptation = settled(0.005);
         let tree = Tree::from_beams(0, [[1, 2].as_slice(), &[3, 4]]);
         for _ in 0..30 {
             adaptation.observe(&tree, &[0, 3, 4]);
@@ -236,7 +326,7 @@ mod tests {
 
     #[test]
     fn no_shape_beyond_the_limit() {
-        let mut adaptation = Adaptation::new(costs(0.0), LIMIT, 0.75);
+        let mut adaptation = settled(0.0);
         let limit = Shape { width: 2, length: 3 };
         assert!(adaptation.choose(limit).is_some_and(|shape| shape.width <= 2 && shape.length <= 3));
     }

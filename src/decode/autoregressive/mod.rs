@@ -135,6 +135,9 @@ pub struct Autoregressive {
     /// Row, among those wanted last, after which the last committed token was chosen.
     row: usize,
     adaptation: Option<Adaptation>,
+    /// Tokens of the last forward behind the prompt, and the draft asked for after it, whose times are still to be told.
+    ran: Option<usize>,
+    asked: Option<Shape>,
     speculation: Speculation,
     step: usize,
 }
@@ -151,6 +154,8 @@ impl Autoregressive {
             kept: vec![],
             row: 0,
             adaptation,
+            ran: None,
+            asked: None,
             speculation: Speculation::default(),
             step: 0,
         };
@@ -267,6 +272,7 @@ impl Decoder for Autoregressive {
 
     fn advance(&mut self, rows: &[RowStatistics]) -> Step {
         let mut chosen: Vec<&RowStatistics> = Vec::new();
+        (self.ran, self.asked) = ((!self.prefilling()).then(|| self.tree.len()), None);
         if self.prefilling() {
             self.kept = (0..self.next_chunk()).collect();
             self.cached += self.kept.len();
@@ -341,6 +347,7 @@ impl Decoder for Autoregressive {
         if self.parameters.deterministic {
             shape = Shape { width: 1, length: shape.length.min(CANONICAL_ROWS - 1) };
         }
+        self.asked = Some(Shape { length: shape.length.min(room), ..shape });
         Some(Drafting {
             drafter: drafts.drafter,
             row: self.row,
@@ -354,6 +361,17 @@ impl Decoder for Autoregressive {
         debug_assert_eq!(candidates.tokens()[0], self.last(), "candidates follow the last committed token");
         let tree = if self.parameters.deterministic { candidates.first_path() } else { candidates };
         self.tree = tree.cut(self.remaining().saturating_sub(1), self.nodes_max());
+    }
+
+    fn timed(&mut self, forward: f64, draft: f64) {
+        if let Some(adaptation) = &mut self.adaptation {
+            if let Some(nodes) = self.ran {
+                adaptation.timed(nodes, forward);
+            }
+            if let Some(shape) = self.asked {
+                adaptation.drafted(shape, draft);
+            }
+        }
     }
 
     fn adaptation(&self) -> Option<&Adaptation> {
