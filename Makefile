@@ -10,7 +10,7 @@ TRAIN_AR ?= --objective autoregressive --tokenizer models/nano --steps 24900 --b
 # How the draft heads of the autoregressive model that ships were trained; drafters/*/training/curve.jsonl has the curves.
 TEACHER ?= models/nano-ar
 DRAFTERS ?= $(TEACHER)/drafters-new
-TRAIN_HEADS ?= --steps 4000 --layers 1 --learning-rate 3e-3 --dtype bf16 --seed 1
+TRAIN_HEADS ?= --layers 1 --learning-rate 3e-3 --dtype bf16 --seed 1 --threads 1
 # A task of the kind that the model has learnt.
 EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
 
@@ -65,8 +65,8 @@ train-ar: build ## train its autoregressive sibling anew, into models/nano-ar-ne
 	$(LACUNA) train --out models/nano-ar-new $(TRAIN_AR)
 
 train-drafters: build ## train draft heads for TEACHER anew, into DRAFTERS
-	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind redrafter --draft-vocabulary 256 $(TRAIN_HEADS)
-	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind medusa $(TRAIN_HEADS)
+	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind redrafter --steps 6000 --draft-vocabulary 256 $(TRAIN_HEADS)
+	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind medusa --steps 4000 $(TRAIN_HEADS)
 
 clean: ## remove what was built, but neither libtorch nor .venv
 	cargo clean
