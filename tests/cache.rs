@@ -234,3 +234,8 @@ fn a_batch_is_its_sequences() {
         assert_near(&together.narrow(0, row as i64, 1), &alone, &format!("sequence {row}"));
     }
 }
+
+#[test]
+fn all_of_this_holds_on_libtorch_alone() {
+    again_without_kernels("all_of_this_holds_on_libtorch_alone");
+}

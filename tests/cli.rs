@@ -321,3 +321,51 @@ fn bench_step_takes_a_step_apart() {
     let error = ill(&["bench", "step", "--random-weights", "no/such.json"], 1);
     assert!(error.contains("no/such.json"), "{error}");
 }
+
+#[test]
+fn bench_speculate_compares_every_drafter_with_plain_decoding() {
+    let arguments =
+        ["bench", "speculate", "--model", "models/nano-ar", "--json", "--count", "6", "--rounds", "2", "--threads", "1"];
+    let report = json(&well(&arguments));
+    assert_eq!((&report["prompts"], &report["rounds"]), (&6.into(), &2.into()));
+    assert!(report["plain_tokens_per_second"].as_f64().unwrap() > 0.0, "{report}");
+    for name in ["redrafter", "medusa", "chain", "lookup"] {
+        let lane = &report[name];
+        let number = |field: &str| lane[field].as_f64().unwrap_or_else(|| panic!("{name} has no {field}: {report}"));
+        let ratio = number("tokens_per_second") / report["plain_tokens_per_second"].as_f64().unwrap();
+        assert!((number("speedup") - ratio).abs() < 1e-9 && number("speedup_least") > 0.0, "{name}: {report}");
+        assert_eq!(lane["same_text"], 6, "{name}: {report}");
+        let (drafts, accepted) = (number("drafts"), number("accepted_tokens"));
+        let length = if drafts > 0.0 { 1.0 + accepted / drafts } else { 0.0 };
+        assert!((number("acceptance_length") - length).abs() < 1e-9, "{name}: {report}");
+    }
+    let curve = report["cost_curve"].as_array().unwrap();
+    assert_eq!((&curve[0]["tokens"], &curve[0]["ratio"]), (&1.into(), &1.0.into()));
+    assert!(curve.windows(2).all(|pair| pair[0]["ratio"].as_f64() <= pair[1]["ratio"].as_f64()), "{report}");
+    let error = ill(&["bench", "speculate", "--model", MODEL, "--rounds", "1"], 2);
+    assert!(error.contains("decode autoregressively") || error.contains("drafter"), "{error}");
+}
+
+/// The heads that ship foresee what the model that ships says, and the kernels change no text.
+#[test]
+fn the_heads_that_ship_are_right_and_the_kernels_change_no_text() {
+    let prompt = "# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n";
+    for drafter in ["redrafter", "medusa", "chain"] {
+        let arguments = ["generate", "--model", "models/nano-ar", "--drafter", drafter, "--no-adapt", "--json", prompt];
+        let with = json(&well(&arguments));
+        let speculation = &with["usage"]["speculation"];
+        assert!(speculation["acceptance_length"].as_f64().unwrap() > 2.0, "{with}");
+        let without = command(&arguments).env("LACUNA_KERNELS", "off").output().unwrap();
+        let without = json(stdout(&without));
+        assert_eq!(without["text"], with["text"], "{drafter}");
+        assert_eq!(without["usage"]["speculation"]["accepted_exactly"], speculation["accepted_exactly"], "{drafter}");
+    }
+}
+
+#[test]
+fn a_flag_of_both_methods_goes_to_the_one_asked_for() {
+    let arguments =
+        ["generate", "--model", "models/nano-ar", "--method", "autoregressive", "--suppress-end", "--json", "# x\n"];
+    let told = json(&well(&arguments));
+    assert_eq!((&told["finish_reason"], &told["usage"]["generated_tokens"]), (&"length".into(), &48.into()), "{told}");
+}

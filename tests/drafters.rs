@@ -324,3 +324,8 @@ fn a_trimmed_vocabulary_that_leads_astray_is_refused() {
     let reason = with(4, 6);
     assert!(reason.contains("d2t") && reason.contains("token 10"), "{reason}");
 }
+
+#[test]
+fn all_of_this_holds_on_libtorch_alone() {
+    again_without_kernels("all_of_this_holds_on_libtorch_alone");
+}

@@ -427,3 +427,8 @@ fn chunks_of_the_prompt_and_drafts_go_together() {
         }
     }
 }
+
+#[test]
+fn all_of_this_holds_on_libtorch_alone() {
+    again_without_kernels("all_of_this_holds_on_libtorch_alone");
+}

@@ -5,6 +5,7 @@ use std::path::Path;
 use lacuna::checkpoint::Checkpoint;
 use lacuna::tensor::{Dtype, Placement};
 use lacuna::train::data::Objective;
+use lacuna::train::progress::Budget;
 use lacuna::train::{Options, run};
 use serde_json::Value;
 
@@ -14,9 +15,7 @@ fn options(out: &Path, stop_after: Option<u64>) -> Options {
         objective: Objective::Diffusion,
         tokenizer: None,
         seed: 3,
-        steps: Some(60),
-        minutes: None,
-        stop_after,
+        budget: Budget { steps: Some(60), minutes: None, stop_after },
         batch: 4,
         learning_rate: 3e-3,
         hidden_size: 32,

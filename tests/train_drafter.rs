@@ -13,8 +13,13 @@ use lacuna::model::family::Attention;
 use lacuna::tensor::{Dtype, Placement, Tensor};
 use lacuna::train::data::Objective;
 use lacuna::train::drafter::{HeadKind, Loss, Options, run, texts};
+use lacuna::train::progress::Budget;
 use serde_json::Value;
 use tempfile::TempDir;
+
+fn budget(steps: Option<u64>, stop_after: Option<u64>) -> Budget {
+    Budget { steps, minutes: None, stop_after }
+}
 
 fn model(objective: Objective, steps: u64) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -23,9 +28,7 @@ fn model(objective: Objective, steps: u64) -> TempDir {
         objective,
         tokenizer: Some(concat!(env!("CARGO_MANIFEST_DIR"), "/models/nano").into()),
         seed: 5,
-        steps: Some(steps),
-        minutes: None,
-        stop_after: None,
+        budget: budget(Some(steps), None),
         batch: 8,
         learning_rate: 3e-3,
         hidden_size: 32,
@@ -48,9 +51,7 @@ fn options(out: &Path, kind: HeadKind) -> Options {
         out: out.into(),
         texts: texts::Settings { prompts: None, temperature: 0.7, length: 16, count: Some(96), seed: 2 },
         seed: 2,
-        steps: Some(80),
-        minutes: None,
-        stop_after: None,
+        budget: budget(Some(80), None),
         batch: 8,
         learning_rate: 3e-3,
         loss: Loss::Kl,
@@ -108,14 +109,14 @@ fn heads_learn_in_sittings_as_they_do_unbroken_and_then_draft() {
     for (kind, drafter) in [(HeadKind::Redrafter, DrafterKind::Redrafter), (HeadKind::Medusa, DrafterKind::Medusa)] {
         let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         run(&options(whole.path(), kind)).unwrap();
-        run(&Options { stop_after: Some(1), ..options(parts.path(), kind) }).unwrap();
+        run(&Options { budget: budget(Some(80), Some(1)), ..options(parts.path(), kind) }).unwrap();
         let untaught = drafted_rightly(parts.path(), drafter);
         // A kill while the teacher writes leaves half a line; the texts before it stay, and the others come out the same.
         let file = parts.path().join("training/texts.jsonl");
         let written = std::fs::read_to_string(&file).unwrap();
         std::fs::write(&file, &written[..written.len() * 2 / 3]).unwrap();
         for sitting in [Some(30), None] {
-            run(&Options { stop_after: sitting, ..options(parts.path(), kind) }).unwrap();
+            run(&Options { budget: budget(Some(80), sitting), ..options(parts.path(), kind) }).unwrap();
         }
         assert_eq!(std::fs::read_to_string(&file).unwrap(), written);
         let name = format!("{kind:?}").to_lowercase();
@@ -158,7 +159,7 @@ fn prompts_come_from_a_file_and_some_only_measure() {
     std::fs::write(&prompts, "\"# Return\"\n{\"prompt\": \"def solve(xs):\\n\"}\ndef answer(n):\n\n").unwrap();
     let asked = options(out.path(), HeadKind::Medusa);
     let given = texts::Settings { prompts: Some(prompts.clone()), count: None, ..asked.texts.clone() };
-    run(&Options { texts: given.clone(), steps: Some(2), heads: Some(2), ..asked.clone() }).unwrap();
+    run(&Options { texts: given.clone(), budget: budget(Some(2), None), heads: Some(2), ..asked.clone() }).unwrap();
     let tokenizer = Checkpoint::open(TEACHER.path()).unwrap().tokenizer;
     let mut found: Vec<String> =
         texts_of(out.path()).iter().map(|text| tokenizer.decode(&text.tokens[..text.prompt], false).unwrap()).collect();
@@ -166,7 +167,7 @@ fn prompts_come_from_a_file_and_some_only_measure() {
     assert_eq!(found, ["# Return", "def answer(n):", "def solve(xs):\n"]);
     // Texts follow from the file's content: they are not taken for those of another.
     std::fs::write(&prompts, "\"# Return\"\n\"# Count\"\n").unwrap();
-    let error = run(&Options { texts: given, steps: Some(3), heads: Some(2), ..asked }).unwrap_err();
+    let error = run(&Options { texts: given, budget: budget(Some(3), None), heads: Some(2), ..asked }).unwrap_err();
     assert!(error.to_string().contains("other settings: remove it"), "{error}");
 }
 
@@ -182,7 +183,7 @@ fn what_cannot_be_is_refused() {
         (Options { exit_dim: Some(8), ..medusa() }, "--exit-dim, --unroll and --draft-vocabulary are ReDrafter's"),
         (Options { heads: Some(3), ..redrafter() }, "--heads is Medusa's"),
         (Options { draft_vocabulary: Some(5000), ..redrafter() }, "--draft-vocabulary must be from 2 to the model's"),
-        (Options { steps: None, ..redrafter() }, "--steps or --minutes"),
+        (Options { budget: budget(None, None), ..redrafter() }, "--steps or --minutes"),
         (Options { layers: 0, ..redrafter() }, "--layers must be from 1"),
     ];
     for (options, expected) in cases {

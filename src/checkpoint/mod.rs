@@ -132,9 +132,7 @@ impl Checkpoint {
             return Err(CheckpointError::Problems(problems));
         }
         let mut source = WeightSource { files: &self.files, placement, loaded };
-        let network = tch::no_grad(|| Transformer::new(&self.config, placement, positions, &mut source))?;
-        network.settle();
-        Ok(network)
+        tch::no_grad(|| Transformer::new(&self.config, placement, positions, &mut source))
     }
 }
 

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::load::ModelOptions;
-use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags};
+use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, methods};
 use crate::eval::suite;
 
 #[derive(Args, Debug)]
@@ -54,13 +54,14 @@ pub fn run(options: Options) -> Result<()> {
     let (model, network, drafters) = options.model.load()?;
     let placement = network.placement();
     let engine = suite::engine(&model, network, drafters)?;
+    let (method, diffusion, autoregressive) = methods(&options.diffusion, &options.autoregressive);
     let wanted = suite::Options {
         tasks: options.tasks as usize,
         seed: options.tasks_seed,
         max_new_tokens: options.max_new_tokens,
-        method: options.autoregressive.method(),
-        diffusion: options.diffusion.options(),
-        autoregressive: options.autoregressive.options(),
+        method,
+        diffusion,
+        autoregressive,
         sampling: options.sampling.options(),
     };
     let mut file = match &options.outcomes {

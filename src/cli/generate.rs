@@ -10,7 +10,7 @@ use clap::Args;
 
 use super::display::{Page, Picture, Screen, frame};
 use super::load::ModelOptions;
-use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, Template, piece, template};
+use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, Template, methods, piece, template};
 use super::remote::Remote;
 use super::report;
 use crate::checkpoint::chat::Message;
@@ -141,6 +141,7 @@ impl Options {
             (None, None) => self.piece.clone(),
         };
         let prompt = prompt.to_owned();
+        let (method, diffusion, autoregressive) = methods(&self.diffusion, &self.autoregressive);
         GenerateOptions {
             id: "generate".into(),
             prompt: match self.chat {
@@ -149,9 +150,9 @@ impl Options {
             },
             max_new_tokens: self.max_new_tokens.filter(|_| template.is_empty()),
             template,
-            method: self.autoregressive.method(),
-            diffusion: self.diffusion.options(),
-            autoregressive: self.autoregressive.options(),
+            method,
+            diffusion,
+            autoregressive,
             sampling: self.sampling.options(),
             stops: self.stop.clone(),
             steps,

@@ -49,7 +49,7 @@ pub struct DiffusionFlags {
     /// Go on filling behind a finished text
     #[arg(long)]
     no_finish_early: bool,
-    /// Never choose end-of-text
+    /// Never choose end-of-text; with --method autoregressive too
     #[arg(long)]
     suppress_end: bool,
     /// Choose end-of-text late
@@ -57,8 +57,21 @@ pub struct DiffusionFlags {
     late_end: bool,
 }
 
+/// What a request is told of either method. One flag is both methods': it goes where the method is.
+pub fn methods(
+    diffusion: &DiffusionFlags,
+    autoregressive: &AutoregressiveFlags,
+) -> (Option<MethodKind>, DiffusionOptions, AutoregressiveOptions) {
+    let method = autoregressive.method();
+    let (mut diffusion, mut autoregressive) = (diffusion.options(), autoregressive.options());
+    if method == Some(MethodKind::Autoregressive) {
+        autoregressive.suppress_end = diffusion.suppress_end.take();
+    }
+    (method, diffusion, autoregressive)
+}
+
 impl DiffusionFlags {
-    pub fn options(&self) -> DiffusionOptions {
+    fn options(&self) -> DiffusionOptions {
         let set = |flag: bool| flag.then_some(true);
         DiffusionOptions {
             steps: self.steps,
@@ -94,12 +107,12 @@ pub struct AutoregressiveFlags {
 }
 
 impl AutoregressiveFlags {
-    pub fn options(&self) -> AutoregressiveOptions {
+    fn options(&self) -> AutoregressiveOptions {
         AutoregressiveOptions { drafter: self.drafter, ..self.drafts.options() }
     }
 
     /// The method asked for; a drafter says it too.
-    pub fn method(&self) -> Option<MethodKind> {
+    fn method(&self) -> Option<MethodKind> {
         self.method.or(self.drafter.map(|_| MethodKind::Autoregressive))
     }
 }

@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use crate::tensor::Dtype;
 use crate::train::data::Objective;
 use crate::train::drafter::{self, HeadKind, Loss, texts};
+use crate::train::progress::Budget;
 
 #[derive(Args, Debug)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -36,15 +37,8 @@ struct ModelOptions {
     tokenizer: Option<PathBuf>,
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Optimiser steps; with --minutes too, the run ends at the first of the two
-    #[arg(long, required_unless_present = "minutes")]
-    steps: Option<u64>,
-    /// Time spent training, earlier runs that are resumed included
-    #[arg(long)]
-    minutes: Option<f64>,
-    /// Checkpoint and stop after so many further steps; the same command goes on from there
-    #[arg(long, value_name = "N")]
-    stop_after: Option<u64>,
+    #[command(flatten)]
+    budget: Budget,
     /// Tasks in one step
     #[arg(long, default_value_t = 16)]
     batch: usize,
@@ -76,15 +70,8 @@ struct DrafterOptions {
     out: PathBuf,
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Optimiser steps; with --minutes too, the run ends at the first of the two
-    #[arg(long, required_unless_present = "minutes")]
-    steps: Option<u64>,
-    /// Time spent training, without that in which the teacher writes; earlier runs that are resumed included
-    #[arg(long)]
-    minutes: Option<f64>,
-    /// Checkpoint and stop after so many further steps; the same command goes on from there
-    #[arg(long, value_name = "N")]
-    stop_after: Option<u64>,
+    #[command(flatten)]
+    budget: Budget,
     /// Texts in one step
     #[arg(long, default_value_t = 16)]
     batch: usize,
@@ -143,9 +130,7 @@ fn model(options: ModelOptions) -> Result<()> {
         objective: options.objective,
         tokenizer: options.tokenizer,
         seed: options.seed,
-        steps: options.steps,
-        minutes: options.minutes,
-        stop_after: options.stop_after,
+        budget: options.budget,
         batch: options.batch,
         learning_rate: options.learning_rate,
         hidden_size: options.hidden_size,
@@ -169,9 +154,7 @@ fn drafter(options: DrafterOptions) -> Result<()> {
             seed: options.seed,
         },
         seed: options.seed,
-        steps: options.steps,
-        minutes: options.minutes,
-        stop_after: options.stop_after,
+        budget: options.budget,
         batch: options.batch,
         learning_rate: options.learning_rate,
         loss: options.loss,

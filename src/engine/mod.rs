@@ -8,6 +8,7 @@ pub mod request;
 pub mod runner;
 pub mod sequence;
 pub mod text;
+pub mod usage;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,13 +16,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
 use crate::checkpoint::tokenizer::Tokenizer;
-use crate::decode::autoregressive::{Autoregressive, DrafterKind, Speculation};
+use crate::decode::autoregressive::{Autoregressive, DrafterKind};
 use crate::decode::canvas::Canvas;
 use crate::decode::diffusion::Diffusion;
 use crate::decode::{Decoder, FinishReason, Sampling, Step, autoregressive, diffusion};
@@ -29,6 +29,8 @@ use crate::draft::Drafters;
 use crate::model::{ModelError, Transformer};
 use runner::Residence;
 use sequence::Sequence;
+
+pub use usage::{Drafted, Forwards, Usage};
 
 /// Events that wait for a reader; a step makes at most three, so this is some twenty steps of slack.
 const EVENTS_MAX: usize = 64;
@@ -121,73 +123,6 @@ pub struct Logprob {
     pub logprob: f64,
     /// The most probable tokens, best first.
     pub alternatives: Vec<(u32, f64)>,
-}
-
-/// What a request has cost. Times count from the moment that the sequence became resident.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Usage {
-    pub prompt_tokens: usize,
-    /// Tokens given out that the model chose: neither fixed text nor end-of-text nor what lies behind it.
-    pub generated_tokens: usize,
-    pub forwards: Forwards,
-    pub steps: usize,
-    pub queued: Duration,
-    pub time_to_first_commit: Option<Duration>,
-    pub decoding: Duration,
-    /// What drafting came to, where there was any.
-    pub speculation: Option<Speculation>,
-    /// Time in drafters, in forwards that verified their drafts, and in bringing the cache in line.
-    pub drafting: Duration,
-    pub verifying: Duration,
-    pub committing: Duration,
-    /// What one plain step takes on this device, where drafts adapt and it was measured.
-    pub plain_step: Option<Duration>,
-}
-
-impl Usage {
-    /// How much faster than plain decoding the text came, behind its first token: plain steps' time by the time it took.
-    pub fn estimated_speedup(&self) -> Option<f64> {
-        let taken = self.decoding.checked_sub(self.time_to_first_commit?)?.as_secs_f64();
-        let plain = self.plain_step?.as_secs_f64() * self.generated_tokens.saturating_sub(1) as f64;
-        (taken > 0.0 && plain > 0.0).then(|| plain / taken)
-    }
-}
-
-/// What all requests' drafts have come to since the engine started.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Drafted {
-    pub speculation: Speculation,
-    pub drafting: Duration,
-    pub verifying: Duration,
-    pub committing: Duration,
-}
-
-/// Sequences that a network saw, by purpose; guidance takes two a step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Forwards {
-    pub prefill: usize,
-    pub denoise: usize,
-    /// One token from one token.
-    pub decode: usize,
-    pub verify: usize,
-    /// The drafter's own network.
-    pub draft: usize,
-}
-
-impl Forwards {
-    /// Sums over requests.
-    pub fn add(&mut self, other: &Self) {
-        self.prefill += other.prefill;
-        self.denoise += other.denoise;
-        self.decode += other.decode;
-        self.verify += other.verify;
-        self.draft += other.draft;
-    }
-
-    /// Of the model itself; a drafter's are much cheaper.
-    pub fn model(&self) -> usize {
-        self.prefill + self.denoise + self.decode + self.verify
-    }
 }
 
 /// Why a sequence ended without finishing.
@@ -495,13 +430,9 @@ impl Worker {
 
     /// What a sequence saw of its drafter is where the next one begins.
     fn learn(&mut self, resident: &Resident) {
-        let usage = resident.sequence.usage();
         if let Some(found) = resident.sequence.decoder().speculation() {
-            let mut all = self.state.drafted.lock().unwrap_or_else(PoisonError::into_inner);
-            all.speculation.add(found);
-            all.drafting += usage.drafting;
-            all.verifying += usage.verifying;
-            all.committing += usage.committing;
+            let mut drafted = self.state.drafted.lock().unwrap_or_else(PoisonError::into_inner);
+            drafted.add(found, resident.sequence.usage());
         }
         if let (Some(kind), Some(seen)) = (resident.drafter, resident.sequence.decoder().adaptation()) {
             self.drafters.learn(kind, seen);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::runner::{Aside, Outcome};
 use super::text::Detokenizer;
-use super::{Event, Forwards, Logprob, Usage};
+use super::{Event, Logprob, Usage};
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::autoregressive::tree::Tree;
 use crate::decode::canvas::Cell;
@@ -166,19 +166,3 @@ impl Sequence {
 
 /// Stands for the logarithm of 0, which neither JSON nor arithmetic on sums likes.
 const LOGPROB_MIN: f64 = -9999.0;
-
-impl Usage {
-    fn count(&mut self, purpose: Purpose, outcome: &Outcome) {
-        let Forwards { prefill, denoise, decode, verify, .. } = &mut self.forwards;
-        let kind = match purpose {
-            Purpose::Prefill => prefill,
-            Purpose::Denoise => denoise,
-            Purpose::Decode => decode,
-            Purpose::Verify => verify,
-        };
-        *kind += outcome.forwards;
-        if purpose == Purpose::Verify {
-            self.verifying += outcome.timing.total();
-        }
-    }
-}

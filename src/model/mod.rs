@@ -216,13 +216,6 @@ impl Transformer {
         Ok(Self { config: config.clone(), placement, embedding, layers, norm, head, rotary })
     }
 
-    /// Puts the weights where a decoding step reads them fastest. For networks that stay.
-    pub fn settle(&self) {
-        let layers = self.layers.iter().flat_map(|layer| [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]);
-        let weights = layers.map(|linear| &linear.weight).chain(&self.head).chain([&self.embedding]);
-        weights.for_each(kernels::use_large_pages);
-    }
-
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }

@@ -82,17 +82,21 @@ pub fn options(model: &ModelInfo, request: GenerateRequest, id: String, deadline
     })
 }
 
-/// The smallest request there is: one token in one step.
-pub fn warm_up(deadline: Instant) -> GenerateOptions {
+/// The smallest request there is: one token in one step, by the model's usual method or with a drafter at hand.
+pub fn warm_up(drafter: Option<DrafterKind>, deadline: Instant) -> GenerateOptions {
     GenerateOptions {
         id: "warm-up".into(),
         prompt: Prompt::Tokens(vec![0]),
         template: vec![],
         max_new_tokens: Some(1),
-        method: None,
+        method: drafter.map(|_| MethodKind::Autoregressive),
         diffusion: DiffusionOptions::default(),
-        autoregressive: AutoregressiveOptions::default(),
-        sampling: SamplingOptions { seed: Some(0), ..SamplingOptions::default() },
+        autoregressive: AutoregressiveOptions {
+            drafter: drafter.map(DrafterChoice::Use),
+            adapt: drafter.map(|_| true),
+            ..AutoregressiveOptions::default()
+        },
+        sampling: SamplingOptions { seed: Some(0), temperature: drafter.map(|_| 0.0), ..SamplingOptions::default() },
         stops: vec![],
         steps: false,
         deadline: Some(deadline),

@@ -12,7 +12,7 @@ use tracing::{error, info};
 use super::models::Registry;
 use super::proto::{generation_server, models_server, tokenization_server};
 use super::{Served, convert};
-use crate::engine::request::validate;
+use crate::engine::request::{GenerateOptions, MethodKind, unsupported, validate};
 use crate::engine::{Event, Failure, Refused, Request};
 
 /// How long a connection may take to hand over its last bytes once no call runs any more.
@@ -78,7 +78,17 @@ pub async fn warm(registry: &Registry, health: &Health) {
 }
 
 async fn warm_one(model: &Served) -> Result<(), String> {
-    let request = validate(&model.info, convert::warm_up(Instant::now() + WARM_TIME_MAX)).map_err(|e| e.to_string())?;
+    run(model, convert::warm_up(None, Instant::now() + WARM_TIME_MAX)).await?;
+    // The first request that drafts has the costs of drafting measured; let it be one of ours.
+    let drafts = unsupported(&model.info, MethodKind::Autoregressive).is_none();
+    for drafter in model.info.drafters.iter().filter(|_| drafts) {
+        run(model, convert::warm_up(Some(drafter.kind), Instant::now() + WARM_TIME_MAX)).await?;
+    }
+    Ok(())
+}
+
+async fn run(model: &Served, options: GenerateOptions) -> Result<(), String> {
+    let request = validate(&model.info, options).map_err(|e| e.to_string())?;
     let mut events = submit(model, request).await?;
     while let Some(event) = events.recv().await {
         if let Event::Finished { .. } = event.map_err(|e| e.to_string())? {

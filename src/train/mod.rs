@@ -41,10 +41,7 @@ pub struct Options {
     /// Folder of the model whose tokenizer to take; without it one is trained on the tasks.
     pub tokenizer: Option<PathBuf>,
     pub seed: u64,
-    pub steps: Option<u64>,
-    pub minutes: Option<f64>,
-    /// Checkpoint and stop after so many further steps; running it again goes on from there.
-    pub stop_after: Option<u64>,
+    pub budget: Budget,
     pub batch: usize,
     pub learning_rate: f64,
     pub hidden_size: usize,
@@ -55,21 +52,17 @@ pub struct Options {
 }
 
 impl Options {
-    fn budget(&self) -> Budget {
-        Budget { steps: self.steps, minutes: self.minutes }
-    }
-
     /// Linear warm-up, a plateau, then linearly to zero over the last 40 %.
     fn learning_rate(&self, progress: Progress) -> f64 {
-        let decay = ((1.0 - self.budget().share(progress)) / 0.4).min(1.0);
-        self.learning_rate * self.budget().warm_up(progress) * decay
+        let decay = ((1.0 - self.budget.share(progress)) / 0.4).min(1.0);
+        self.learning_rate * self.budget.warm_up(progress) * decay
     }
 }
 
 /// Trains a model on the nano tasks: masked diffusion (LLaDA's objective on the answer; see [`data`] for the masking), or its
 /// autoregressive sibling of the same size.
 pub fn run(options: &Options) -> Result<()> {
-    let budget = options.budget();
+    let budget = options.budget;
     budget.check()?;
     ensure!(options.batch > 0 && options.batch <= 4096, "--batch must be from 1 to 4096");
     ensure!(options.hidden_size.is_multiple_of(options.heads.max(1) * 2), "--hidden-size must be a multiple of 2 × --heads");
@@ -98,7 +91,7 @@ pub fn run(options: &Options) -> Result<()> {
     ));
     let mut saved = Instant::now();
     let (mut recent, mut pool) = (Recent::default(), Vec::new());
-    let stop = options.stop_after.map_or(u64::MAX, |steps| progress.step.saturating_add(steps));
+    let stop = budget.stop(progress);
     while budget.share(progress) < 1.0 && progress.step < stop {
         let started = Instant::now();
         let place = (progress.step % data::POOL) as usize;

@@ -21,11 +21,18 @@ pub struct Progress {
     pub seconds: f64,
 }
 
-/// How long a run lasts. Given both bounds, it ends at the first.
-#[derive(Clone, Copy, Debug)]
+/// How long a run lasts.
+#[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Budget {
+    /// Optimiser steps; with --minutes too, the run ends at the first of the two
+    #[arg(long, required_unless_present = "minutes")]
     pub steps: Option<u64>,
+    /// Time spent training, earlier runs that are resumed included; what a teacher takes to write its texts is not
+    #[arg(long)]
     pub minutes: Option<f64>,
+    /// Checkpoint and stop after so many further steps; the same command goes on from there
+    #[arg(long, value_name = "N")]
+    pub stop_after: Option<u64>,
 }
 
 impl Budget {
@@ -34,6 +41,11 @@ impl Budget {
         let minutes = self.minutes.unwrap_or(1.0);
         ensure!(minutes > 0.0 && minutes.is_finite() && self.steps != Some(0), "--minutes and --steps must be above 0");
         Ok(())
+    }
+
+    /// The step at which this sitting of a run that stands at `progress` ends, whether or not it is done.
+    pub fn stop(self, progress: Progress) -> u64 {
+        self.stop_after.map_or(u64::MAX, |steps| progress.step.saturating_add(steps))
     }
 
     /// Share of the run that is done, 0 to 1: by steps where they are given, else by time spent training.

@@ -216,3 +216,18 @@ pub fn drive_until(
     let (reason, usage) = last.expect("a sequence that has no window has finished");
     Told { windows, steps, text, reason, usage }
 }
+
+/// Runs this test binary once more with everything left to libtorch: the way that GPUs, other types and many rows take must keep the
+/// same promises. `except` is the calling test.
+pub fn again_without_kernels(except: &str) {
+    if std::env::var_os("LACUNA_KERNELS").is_some() {
+        return;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--skip", except])
+        .env("LACUNA_KERNELS", "off")
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && !told.contains("running 0 tests"), "{told}{}", String::from_utf8_lossy(&output.stderr));
+}

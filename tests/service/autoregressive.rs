@@ -288,3 +288,39 @@ async fn models_tell_who_drafts_for_them() {
     let diffusion = get("nano").await;
     assert!(diffusion.drafters.is_empty(), "nobody drafts for diffusion");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_server_adds_up_what_drafts_came_to() {
+    let server = server().await;
+    let mut client = server.client().await;
+    let mut models = ModelsClient::new(server.channel().await);
+    let mut drafted = async || {
+        let request = GetModelRequest { name: "nano-ar".into() };
+        let model = models.get(request).await.expect("it is there").into_inner().model.expect("a model");
+        model.drafted.expect("counts")
+    };
+    let before = drafted().await;
+    let mut sum = before.clone();
+    for adapt in [false, true] {
+        let asked = with(|a| {
+            a.set_drafter(Drafter::Lookup);
+            a.adapt = Some(adapt);
+        });
+        let usage = generate(&mut client, asked).await.expect("it generates").finished.usage.expect("usage");
+        let seen = usage.speculation.expect("drafts");
+        assert_eq!(seen.estimated_speedup.is_some(), adapt, "the cost of a plain step is known where drafts adapt");
+        assert!(seen.estimated_speedup.is_none_or(|ratio| ratio > 0.0 && ratio.is_finite()));
+        sum.drafts += seen.drafts;
+        sum.drafted_tokens += seen.drafted_tokens;
+        sum.accepted_tokens += seen.accepted_tokens;
+        sum.verify_seconds += seen.verify_seconds;
+    }
+    server.idle().await;
+    let after = drafted().await;
+    assert!(after.drafts > before.drafts);
+    assert_eq!(
+        (after.drafts, after.drafted_tokens, after.accepted_tokens),
+        (sum.drafts, sum.drafted_tokens, sum.accepted_tokens)
+    );
+    assert!((after.verify_seconds - sum.verify_seconds).abs() < 1e-6);
+}

@@ -3,7 +3,7 @@
 //! A draft of width `w` and length `l` yields `τ = 1 + Σ_k survival[w][k]` tokens, where `survival[w][k]` is the share of drafts
 //! whose first `k` tokens were right within the first `w` beams, and costs one forward of its nodes and the drafter's own work. The
 //! best shape is that with most tokens a second; where plain decoding is better, nothing is drafted, and a small draft now and
-//! then looks whether that still holds. Costs are data: measured when the model is loaded, and corrected by what forwards and drafts
+//! then looks whether that still holds. Costs are data: measured before the first draft, and corrected by what forwards and drafts
 //! then take ([`Adaptation::timed`]), since a machine is seldom as it was. This module has no clock.
 
 use std::sync::Arc;
@@ -202,7 +202,8 @@ impl Adaptation {
         // It does not pay: rest, longer each time, then look again.
         self.resting = self.rest;
         self.rest = (2 * self.rest).min(REST.1);
-        (could_pay && fits(&LOOK)).then_some(LOOK)
+        let look = Shape { width: LOOK.width, length: LOOK.length.min(limit.length) };
+        (could_pay && fits(&look)).then_some(look)
     }
 
     /// Takes in how far a draft was right: `path` are the nodes confirmed, the root first.
@@ -322,6 +323,14 @@ mod tests {
             adaptation.observe(&tree, &[0, 3, 4]);
         }
         assert!(adaptation.choose(LIMIT).is_some_and(|shape| shape.width >= 2));
+    }
+
+    #[test]
+    fn however_short_drafts_may_be_it_looks_again() {
+        let (mut adaptation, limit) = (settled(0.0), Shape { width: 1, length: 1 });
+        (0..30).for_each(|_| adaptation.observe(&chain(1), &[0]));
+        let drafts = (0..100).filter(|_| adaptation.choose(limit) == Some(limit)).count();
+        assert!((1..=4).contains(&drafts), "{drafts} looks in 100 steps");
     }
 
     #[test]

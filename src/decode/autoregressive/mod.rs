@@ -347,11 +347,12 @@ impl Decoder for Autoregressive {
         if self.parameters.deterministic {
             shape = Shape { width: 1, length: shape.length.min(CANONICAL_ROWS - 1) };
         }
-        self.asked = Some(Shape { length: shape.length.min(room), ..shape });
+        shape.length = shape.length.min(room);
+        self.asked = Some(shape);
         Some(Drafting {
             drafter: drafts.drafter,
             row: self.row,
-            shape: Shape { length: shape.length.min(room), ..shape },
+            shape,
             temperature: self.parameters.sampling.temperature,
             seed: mix(self.parameters.seed ^ !mix(self.step as u64)),
         })

@@ -5,6 +5,8 @@
 //! whatever rows are beside it and however many threads there are: a token's numbers do not depend on drafts, on batches or on the
 //! machine's load. What is no plain case (a GPU, gradients, other types, many rows) is left to libtorch by answering `None`.
 //!
+//! With `LACUNA_KERNELS=off` in the environment everything is left to libtorch, to compare the two or to rule the kernels out.
+//!
 //! Work is split over libtorch's own threads (OpenMP), so that two pools never fight for the cores.
 
 pub mod attention;
@@ -29,27 +31,6 @@ fn plain(tensor: &Tensor) -> bool {
         && tensor.device() == tch::Device::Cpu
         && !tensor.requires_grad()
         && tensor.is_contiguous()
-}
-
-/// Asks the system to hold a tensor's memory in large pages: a step walks through all weights, and with pages of 4 KiB looks up the
-/// place of each. A wish; whether it is granted changes the speed and nothing else.
-pub fn use_large_pages(tensor: &Tensor) {
-    const PAGE: usize = 2 << 20;
-    /// Of Linux 6.1; the C library's headers may not have it yet.
-    const COLLAPSE: std::ffi::c_int = 25;
-    if tensor.device() != tch::Device::Cpu || !tensor.is_contiguous() {
-        return;
-    }
-    let start = tensor.data_ptr() as usize;
-    let (from, to) = (start.next_multiple_of(PAGE), (start + tensor.numel() * tensor.kind().elt_size_in_bytes()) / PAGE * PAGE);
-    if cfg!(target_os = "linux") && from < to {
-        // SAFETY: whole pages within the tensor's own memory, whose content the calls keep.
-        unsafe {
-            let pages = from as *mut c_void;
-            libc::madvise(pages, to - from, libc::MADV_HUGEPAGE);
-            libc::madvise(pages, to - from, COLLAPSE);
-        }
-    }
 }
 
 /// Work that threads share.
@@ -379,13 +360,13 @@ static OPENMP: LazyLock<Option<OpenMp>> = LazyLock::new(|| {
     }
 });
 
-/// Whether this CPU multiplies and adds in one instruction; otherwise the loops above would be slow.
+/// Whether the kernels are wanted, and this CPU multiplies and adds in one instruction; otherwise the loops above would be slow.
 static FAST: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     let fast = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
     #[cfg(not(target_arch = "x86_64"))]
     let fast = cfg!(target_arch = "aarch64");
-    fast
+    fast && std::env::var_os("LACUNA_KERNELS").is_none_or(|wish| wish != "off")
 });
 
 #[cfg(test)]

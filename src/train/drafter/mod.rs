@@ -61,10 +61,7 @@ pub struct Options {
     pub out: PathBuf,
     pub texts: texts::Settings,
     pub seed: u64,
-    pub steps: Option<u64>,
-    pub minutes: Option<f64>,
-    /// Checkpoint and stop after so many further steps; running it again goes on from there.
-    pub stop_after: Option<u64>,
+    pub budget: Budget,
     pub batch: usize,
     pub learning_rate: f64,
     pub loss: Loss,
@@ -81,18 +78,14 @@ pub struct Options {
 }
 
 impl Options {
-    fn budget(&self) -> Budget {
-        Budget { steps: self.steps, minutes: self.minutes }
-    }
-
     /// Linear warm-up, then a half cosine to zero.
     fn learning_rate(&self, progress: Progress) -> f64 {
-        let cosine = 0.5 + 0.5 * (self.budget().share(progress) * std::f64::consts::PI).cos();
-        self.learning_rate * cosine * self.budget().warm_up(progress)
+        let cosine = 0.5 + 0.5 * (self.budget.share(progress) * std::f64::consts::PI).cos();
+        self.learning_rate * cosine * self.budget.warm_up(progress)
     }
 
     fn check(&self) -> Result<()> {
-        self.budget().check()?;
+        self.budget.check()?;
         let within = |flag: &str, value: usize, range: std::ops::RangeInclusive<usize>| {
             ensure!(range.contains(&value), "{flag} must be from {} to {}", range.start(), range.end());
             Ok(())
@@ -169,10 +162,10 @@ pub fn run(options: &Options) -> Result<()> {
     let mut curve = progress::curve_file(&folder.join("training/curve.jsonl"), progress)?;
     let order =
         Order { lengths: training.iter().map(|text| text.tokens.len()).collect(), size: options.batch, seed: options.seed };
-    let (budget, bar) = (options.budget(), progress::bar(1000));
+    let (budget, bar) = (options.budget, progress::bar(1000));
     bar.println(format!("training {} on {} texts, from step {}", settings.name(), training.len(), progress.step));
     let (mut recent, mut saved, mut pass) = (Recent::default(), Instant::now(), Vec::new());
-    let stop = options.stop_after.map_or(u64::MAX, |steps| progress.step.saturating_add(steps));
+    let stop = budget.stop(progress);
     while budget.share(progress) < 1.0 && progress.step < stop {
         let started = Instant::now();
         let place = (progress.step % order.batches()) as usize;
