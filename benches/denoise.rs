@@ -71,6 +71,7 @@ fn step(criterion: &mut Criterion) {
         guidance: None,
         sampling: Sampling { forbidden: vec![1], ..Sampling::default() },
         noise: Noise::Seed(0),
+        alone: false,
         histories: vec![],
     };
     let none = Residence::default();

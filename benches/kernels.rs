@@ -6,7 +6,7 @@
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use lacuna::checkpoint::config::ModelConfig;
 use lacuna::model::cache::KvCache;
-use lacuna::model::{Layout, RandomWeights, Transformer};
+use lacuna::model::{Layout, RandomWeights, Segment, Transformer};
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor, kernels};
 
 const ROWS: [i64; 6] = [1, 2, 4, 6, 8, 16];
@@ -50,14 +50,15 @@ fn steps(criterion: &mut Criterion) {
         let model = Transformer::new(&config, placement, 256, &mut RandomWeights { placement }).unwrap();
         let mut group = criterion.benchmark_group(format!("a step of nano-ar's shape over 48 tokens, {}", dtype.name()));
         for rows in ROWS {
-            let mut cache = KvCache::new(&config, placement, 1, 64).unwrap();
-            let past = Tensor::ones([1, 48], (Kind::Int64, Device::Cpu));
-            let _states = model.extend(&past, Layout::Causal, &cache).unwrap();
+            let mut cache = KvCache::new(&config, placement, 128).unwrap();
+            let run = |tokens: &[u32], cache: &KvCache| {
+                let hidden = model.forward(&[Segment { tokens, layout: Layout::Causal, cache: Some(cache) }]).unwrap();
+                model.logits(&hidden).unwrap()
+            };
+            let _logits = run(&[1; 48], &cache);
             cache.keep(&(0..48).collect::<Vec<_>>()).unwrap();
-            let tokens = Tensor::ones([1, rows], (Kind::Int64, Device::Cpu));
-            group.bench_function(BenchmarkId::new("rows", rows), |bencher| {
-                bencher.iter(|| model.logits(&model.extend(&tokens, Layout::Causal, &cache).unwrap().get(0)).unwrap());
-            });
+            let tokens = vec![1; rows as usize];
+            group.bench_function(BenchmarkId::new("rows", rows), |bencher| bencher.iter(|| run(&tokens, &cache)));
         }
     }
 }

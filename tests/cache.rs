@@ -7,7 +7,7 @@ use common::*;
 use lacuna::checkpoint::config::ModelConfig;
 use lacuna::model::cache::KvCache;
 use lacuna::model::family::Attention;
-use lacuna::model::{Layout, ModelError, RandomWeights, Transformer};
+use lacuna::model::{Layout, ModelError, RandomWeights, Segment, Transformer};
 use lacuna::tensor::Tensor;
 use serde_json::Value;
 
@@ -16,22 +16,22 @@ use serde_json::Value;
 const FAMILIES: [&str; 4] = ["llama", "llama-rope", "qwen2", "qwen3"];
 
 fn cache(model: &Transformer, capacity: usize) -> KvCache {
-    KvCache::new(model.config(), model.placement(), 1, capacity).unwrap()
+    KvCache::new(model.config(), model.placement(), capacity).unwrap()
+}
+
+/// One sequence's forward, `[1, tokens, hidden]`.
+fn extend(model: &Transformer, tokens: &[u32], layout: Layout, cache: &KvCache) -> Result<Tensor, ModelError> {
+    tch::no_grad(|| Ok(model.forward(&[Segment { tokens, layout, cache: Some(cache) }])?.unsqueeze(0)))
 }
 
 /// Runs `tokens` in chunks behind what the cache keeps; gives all hidden states, `[1, tokens, hidden]`.
 fn run(model: &Transformer, cache: &mut KvCache, tokens: &[u32], chunk: usize) -> Tensor {
-    tch::no_grad(|| {
-        let states: Vec<_> = tokens
-            .chunks(chunk)
-            .map(|chunk| {
-                let hidden = model.extend(&ids(chunk), Layout::Causal, cache).unwrap();
-                cache.keep(&(0..chunk.len()).collect::<Vec<_>>()).unwrap();
-                hidden
-            })
-            .collect();
-        Tensor::cat(&states, 1)
-    })
+    let chunks = tokens.chunks(chunk).map(|chunk| {
+        let hidden = extend(model, chunk, Layout::Causal, cache).unwrap();
+        cache.keep(&(0..chunk.len()).collect::<Vec<_>>()).unwrap();
+        hidden
+    });
+    Tensor::cat(&chunks.collect::<Vec<_>>(), 1)
 }
 
 /// Tokens that differ from their neighbours, whatever the vocabulary of 160.
@@ -98,7 +98,7 @@ fn a_tree_is_every_one_of_its_paths() {
         for path in [vec![0], vec![0, 1, 2, 3], vec![0, 4, 5], vec![0, 1, 2, 6], vec![0, 1]] {
             let mut tree = cache(&model, 40);
             let _ = run(&model, &mut tree, &before, 5);
-            let hidden = tch::no_grad(|| model.extend(&ids(&TREE), Layout::Tree(&PARENTS), &tree).unwrap());
+            let hidden = extend(&model, &TREE, Layout::Tree(&PARENTS), &tree).unwrap();
             let accepted: Vec<u32> = path.iter().map(|node| TREE[*node]).collect();
             let mut fresh = cache(&model, 40);
             let all = [before.as_slice(), &accepted].concat();
@@ -124,7 +124,7 @@ fn what_is_not_kept_is_out_of_reach() {
         let mut cache = cache(&model, 40);
         let _ = run(&model, &mut cache, &text(11), 4);
         let tokens = [9, rejected[0], 33, rejected[1], rejected[2]];
-        let _ = tch::no_grad(|| model.extend(&ids(&tokens), Layout::Tree(&[0, 0, 0, 1, 1]), &cache).unwrap());
+        let _ = extend(&model, &tokens, Layout::Tree(&[0, 0, 0, 1, 1]), &cache).unwrap();
         cache.keep(&[0, 2]).unwrap();
         let next = run(&model, &mut cache, &[7], 1);
         // Several tokens at a time look over the same places.
@@ -139,7 +139,7 @@ fn what_is_not_kept_is_out_of_reach() {
         cache.truncate(11);
         let mut tokens = used.to_vec();
         tokens.resize(8, 0);
-        let hidden = tch::no_grad(|| model.extend(&ids(&tokens), Layout::Canonical(used.len()), &cache).unwrap());
+        let hidden = extend(&model, &tokens, Layout::Canonical(used.len()), &cache).unwrap();
         hidden.narrow(1, 0, 1)
     };
     assert_eq!(canonical(&[1, 2, 3], &[9]), canonical(&[150, 151, 152, 153], &[9]));
@@ -170,7 +170,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     let mut cache = cache(&model, 8);
     let _ = run(&model, &mut cache, &text(6), 6);
     let before = cache.kept().unwrap();
-    let refused = |tokens: &[u32], layout: Layout| tch::no_grad(|| model.extend(&ids(tokens), layout, &cache).unwrap_err());
+    let refused = |tokens: &[u32], layout: Layout| extend(&model, tokens, layout, &cache).unwrap_err();
     for layout in [Layout::Causal, Layout::Tree(&[0, 0, 1]), Layout::Canonical(1)] {
         let error = refused(&[1, 2, 3], layout);
         assert!(matches!(error, ModelError::CacheFull { needed: 9, capacity: 8 }), "{error}");
@@ -189,17 +189,15 @@ fn positions_beyond_the_context_are_refused() {
     let model = Transformer::new(&config, placement, 10, &mut RandomWeights { placement }).unwrap();
     let mut cache = cache(&model, 32);
     let _ = run(&model, &mut cache, &[1; 9], 9);
-    let refused = |tokens: &[u32], layout: Layout| tch::no_grad(|| model.extend(&ids(tokens), layout, &cache).unwrap_err());
+    let refused = |tokens: &[u32], layout: Layout| extend(&model, tokens, layout, &cache).unwrap_err();
     for (tokens, layout) in [(&[1, 2][..], Layout::Causal), (&[1, 2], Layout::Tree(&[0, 0]))] {
         let error = refused(tokens, layout);
         assert!(matches!(error, ModelError::TooLong { length: 11, limit: 10 }), "{error}");
     }
     // Siblings share a position, and filling needs none.
-    tch::no_grad(|| {
-        cache.truncate(8);
-        let _ = model.extend(&ids(&[1, 2, 3]), Layout::Tree(&[0, 0, 0]), &cache).unwrap();
-        let _ = model.extend(&ids(&[1; 8]), Layout::Canonical(2), &cache).unwrap();
-    });
+    cache.truncate(8);
+    let _ = extend(&model, &[1, 2, 3], Layout::Tree(&[0, 0, 0]), &cache).unwrap();
+    let _ = extend(&model, &[1; 8], Layout::Canonical(2), &cache).unwrap();
 }
 
 #[test]
@@ -207,31 +205,76 @@ fn a_cache_takes_the_room_that_its_heads_need() {
     let json: Value = serde_json::from_slice(&std::fs::read(fixture("llama/config.json")).unwrap()).unwrap();
     let config = ModelConfig::from_json(&json).unwrap();
     for placement in [F32, BF16] {
-        let cache = KvCache::new(&config, placement, 3, 10).unwrap();
-        let numbers = config.layers * 2 * 3 * config.kv_heads * 10 * config.head_dim;
+        let cache = KvCache::new(&config, placement, 10).unwrap();
+        let numbers = config.layers * 2 * config.kv_heads * 10 * config.head_dim;
         assert_eq!(cache.bytes(), numbers * placement.dtype.size());
         assert_eq!((cache.capacity(), cache.len()), (10, 0));
     }
 }
 
-/// Sequences of one length run side by side are the sequences alone.
+/// Windows of every kind and length in one forward are the windows alone.
 #[test]
-fn a_batch_is_its_sequences() {
-    let model = load("qwen2", F32);
-    let (a, b) = (text(9), text(9).into_iter().rev().collect::<Vec<_>>());
-    let mut both = KvCache::new(model.config(), model.placement(), 2, 16).unwrap();
-    let mut together = vec![];
-    tch::no_grad(|| {
-        for at in (0..9).step_by(3) {
-            let rows = Tensor::cat(&[ids(&a[at..at + 3]), ids(&b[at..at + 3])], 0);
-            together.push(model.extend(&rows, Layout::Causal, &both).unwrap());
-            both.keep(&[0, 1, 2]).unwrap();
+fn a_forward_for_many_sequences_is_each_of_them_alone() {
+    for (name, placement) in FAMILIES.into_iter().flat_map(|name| [(name, F32), (name, BF16)]) {
+        let model = load(name, placement);
+        let texts: Vec<Vec<u32>> = [9, 1, 30, 17, 40, 5].into_iter().map(text).collect();
+        let mut caches: Vec<KvCache> = (0..4).map(|_| cache(&model, 64)).collect();
+        for (cache, length) in caches.iter_mut().zip([2, 21, 3, 11]) {
+            let _ = run(&model, cache, &text(length), 8);
         }
-    });
-    let together = Tensor::cat(&together, 1);
-    for (row, tokens) in [a, b].iter().enumerate() {
-        let alone = run(&model, &mut cache(&model, 16), tokens, 9);
-        assert_near(&together.narrow(0, row as i64, 1), &alone, &format!("sequence {row}"));
+        let sees: Vec<usize> = (0..17).map(|row| if row < 8 { 11 } else { 20 }).collect();
+        let span = Layout::Span { start: 3, sees: &sees };
+        let layouts = [Layout::Causal, Layout::Causal, Layout::Whole(Attention::Full), span, Layout::Whole(Attention::Causal)];
+        let places = [Some(0), Some(1), None, Some(2), None];
+        let mut segments: Vec<Segment> = (0..5)
+            .map(|at| Segment { tokens: &texts[at], layout: layouts[at], cache: places[at].map(|place| &caches[place]) })
+            .collect();
+        let tree = Segment { tokens: &TREE, layout: Layout::Tree(&PARENTS), cache: Some(&caches[3]) };
+        segments.insert(2, tree);
+        tch::no_grad(|| {
+            let together = model.forward(&segments).unwrap();
+            let mut first = 0;
+            for (index, segment) in segments.iter().enumerate() {
+                let rows = segment.tokens.len() as i64;
+                let (ours, alone) = (together.narrow(0, first, rows), model.forward(&[*segment]).unwrap());
+                if placement == F32 {
+                    assert_near(&ours, &alone, &format!("{name}, segment {index}"));
+                }
+                first += rows;
+            }
+            // And whole windows are what the plain form of the network gives.
+            let whole = model.hidden(&ids(&texts[2]), Attention::Full).unwrap().squeeze_dim(0);
+            let alone = model.forward(&[Segment { tokens: &texts[2], layout: layouts[2], cache: None }]).unwrap();
+            if placement == F32 {
+                assert_near(&alone, &whole, name);
+            }
+        });
+    }
+}
+
+/// A block seen by all its tokens, over what is kept; then the block before it with its final tokens and the next one in one forward.
+#[test]
+fn spans_are_blocks_over_a_cache() {
+    let model = load("qwen3", F32);
+    let tokens = text(24);
+    let by_blocks = |rows: usize| (0..rows).map(|row| row / 8 * 8 + 8).collect::<Vec<_>>();
+    let mut whole = cache(&model, 24);
+    let all = by_blocks(24);
+    let expected = extend(&model, &tokens, Layout::Span { start: 0, sees: &all }, &whole).unwrap();
+    whole.keep(&(0..24).collect::<Vec<_>>()).unwrap();
+    let mut parts = cache(&model, 24);
+    let first = extend(&model, &tokens[..8], Layout::Span { start: 0, sees: &[8; 8] }, &parts).unwrap();
+    parts.keep(&[0, 1, 2, 3, 4, 5, 6, 7]).unwrap();
+    // A step whose keys are not kept leaves no trace.
+    let _ = extend(&model, &[3; 8], Layout::Span { start: 8, sees: &[16; 8] }, &parts).unwrap();
+    let sees: Vec<usize> = by_blocks(16).iter().map(|sees| sees + 8).collect();
+    let rest = extend(&model, &tokens[8..], Layout::Span { start: 8, sees: &sees }, &parts).unwrap();
+    parts.keep(&(0..16).collect::<Vec<_>>()).unwrap();
+    assert_near(&Tensor::cat(&[first, rest], 1), &expected, "states");
+    assert_near(&parts.kept().unwrap(), &whole.kept().unwrap(), "keys");
+    for sees in [&[8, 8, 25][..], &[8, 8], &[8, 0, 8]] {
+        let refused = extend(&model, &[1, 2, 3], Layout::Span { start: 0, sees }, &whole).unwrap_err();
+        assert!(matches!(refused, ModelError::Torch(_)), "{sees:?}: {refused}");
     }
 }
 

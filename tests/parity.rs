@@ -117,6 +117,7 @@ fn statistics_come_for_the_rows_wanted_and_no_others() {
             guidance: None,
             sampling: Sampling::default(),
             noise: Noise::Seed(0),
+            alone: false,
             histories: vec![],
         };
         let all = runner::run(&model, &window, &Residence::default()).unwrap().rows;

@@ -23,6 +23,8 @@ pub struct Window {
     pub guidance: Option<Guidance>,
     pub sampling: Sampling,
     pub noise: Noise,
+    /// Asks for a forward of its own where rows that are run together depend on one another (the deterministic mode).
+    pub alone: bool,
     /// Tokens before each wanted row, where penalties ask for them: `(token, occurrences in the prompt, occurrences since)`.
     pub histories: Vec<Vec<(u32, u32, u32)>>,
 }
@@ -38,6 +40,9 @@ pub enum Pattern {
     Tree(Vec<usize>),
     /// The next tokens in order, filled up to so many rows and looking at the whole cache: the same shapes whatever is asked.
     Canonical(usize),
+    /// Tokens at the positions from `start` on, whose keys are written to the cache there; each sees so many positions from the left.
+    /// A block over what is kept, a suffix over a prefix, or a block amid the whole canvas, whose old keys it replaces.
+    Span { start: usize, sees: Vec<usize> },
 }
 
 /// What a forward is for, as its cost is told.
@@ -213,8 +218,9 @@ pub trait Decoder: Send {
     /// Candidates for what follows the last committed token; a drafter need not have any.
     fn propose(&mut self, _candidates: autoregressive::tree::Tree) {}
 
-    /// Told what the last window's forward and the drafting before it took, in seconds: timing is somebody else's, as data.
-    fn timed(&mut self, _forward: f64, _draft: f64) {}
+    /// Told what the last window's forward (if it ran by itself) and the drafting behind it took, in seconds: timing is somebody
+    /// else's, as data.
+    fn timed(&mut self, _forward: Option<f64>, _draft: f64) {}
 
     /// What has been learnt about the drafter.
     fn adaptation(&self) -> Option<&autoregressive::adaptation::Adaptation> {

@@ -8,8 +8,8 @@ use crate::decode::Drafting;
 use crate::decode::autoregressive::DrafterKind;
 use crate::decode::autoregressive::adaptation::{DraftCost, Shape};
 use crate::model::cache::KvCache;
-use crate::model::{Layout, ModelError, Transformer};
-use crate::tensor::{Kind, Tensor};
+use crate::model::{Layout, ModelError, Segment, Transformer};
+use crate::tensor::Tensor;
 
 /// Numbers of tokens that are measured; what lies between is taken from straight lines.
 const TOKENS: [usize; 9] = [1, 2, 3, 4, 6, 8, 12, 16, 32];
@@ -21,12 +21,12 @@ const ROUNDS: usize = 9;
 pub fn verify(model: &Transformer) -> Result<Vec<(usize, f64)>, ModelError> {
     tch::no_grad(|| {
         let past = PAST.min(model.context().saturating_sub(TOKENS[TOKENS.len() - 1]));
-        let mut cache = KvCache::new(model.config(), model.placement(), 1, past + TOKENS[TOKENS.len() - 1])?;
+        let mut cache = KvCache::new(model.config(), model.placement(), past + TOKENS[TOKENS.len() - 1])?;
         let run = |tokens: usize, cache: &KvCache| -> Result<(), ModelError> {
-            let tokens = Tensor::f_zeros([1, tokens as i64], (Kind::Int64, model.placement().device))?;
-            let hidden = model.extend(&tokens, Layout::Causal, cache)?;
+            let segment = Segment { tokens: &vec![0; tokens], layout: Layout::Causal, cache: Some(cache) };
+            let hidden = model.forward(&[segment])?;
             // Taking a number off the device waits for it.
-            model.logits(&hidden.f_get(0)?)?.f_argmax(-1, false)?.f_int64_value(&[0]).map(drop)?;
+            model.logits(&hidden)?.f_argmax(-1, false)?.f_int64_value(&[0]).map(drop)?;
             Ok(())
         };
         if past > 0 {

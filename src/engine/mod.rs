@@ -11,7 +11,6 @@ pub mod text;
 pub mod usage;
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,7 +26,7 @@ use crate::decode::diffusion::Diffusion;
 use crate::decode::{Decoder, FinishReason, Sampling, Step, autoregressive, diffusion};
 use crate::draft::Drafters;
 use crate::model::{ModelError, Transformer};
-use runner::Residence;
+use runner::{Member, Residence, guarded};
 use sequence::Sequence;
 
 pub use usage::{Drafted, Forwards, Usage};
@@ -278,14 +277,29 @@ struct Resident {
     deadline: Option<Instant>,
 }
 
-/// What a resident's turn came to.
-#[derive(PartialEq, Eq)]
+/// What a resident does in a round.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
-    /// It took a step.
-    Stepped,
+    Step,
     /// Its reader has no room; it sits this round out.
-    Waiting,
-    Done,
+    Wait,
+    Leave,
+}
+
+/// Gives a resident's reader what its step came to; true when that was the last.
+fn deliver(resident: &mut Resident, result: Result<Vec<Event>, StepError>) -> bool {
+    match result {
+        Ok(events) => {
+            let steps = resident.steps;
+            send(resident, events.into_iter().filter(|event| steps || !matches!(event, Event::Step(_))).map(Ok));
+            resident.sequence.finish_reason().is_some()
+        }
+        Err(reason) => {
+            error!(request = resident.id, %reason, "a step failed");
+            send(resident, [Err(Failure::Internal)]);
+            true
+        }
+    }
 }
 
 struct Worker {
@@ -304,18 +318,29 @@ impl Worker {
     /// Rounds until every handle is gone.
     fn run(mut self) {
         while self.admit() {
-            let mut stepped = false;
             let mut residents = std::mem::take(&mut self.residents);
-            residents.retain_mut(|resident| {
-                let turn = self.turn(resident);
-                stepped |= turn == Turn::Stepped;
-                if turn == Turn::Done {
-                    self.learn(resident);
+            let turns: Vec<Turn> = residents.iter().map(|resident| self.turn(resident)).collect();
+            let mut members: Vec<_> = residents.iter_mut().zip(&turns).filter(|(_, turn)| **turn == Turn::Step).collect();
+            let mut asked: Vec<Member> = members
+                .iter_mut()
+                .map(|(resident, _)| Member { sequence: &mut resident.sequence, residence: &mut resident.residence })
+                .collect();
+            let results = runner::round(&self.model, &self.drafters, &mut asked, &self.tokenizer);
+            let stepped = !results.is_empty();
+            let mut results = results.into_iter();
+            for (mut resident, turn) in residents.into_iter().zip(turns) {
+                let done = match turn {
+                    Turn::Step => results.next().is_none_or(|result| deliver(&mut resident, result)),
+                    Turn::Wait => false,
+                    Turn::Leave => true,
+                };
+                if done {
+                    self.learn(&resident);
                     self.state.end();
+                } else {
+                    self.residents.push(resident);
                 }
-                turn != Turn::Done
-            });
-            self.residents = residents;
+            }
             if !stepped && !self.residents.is_empty() {
                 std::thread::sleep(IDLE);
             }
@@ -398,34 +423,15 @@ impl Worker {
         self.state.end();
     }
 
-    /// One step of one sequence. Whatever goes wrong ends that sequence and no other.
-    fn turn(&self, resident: &mut Resident) -> Turn {
+    /// Whether a resident takes part in this round.
+    fn turn(&self, resident: &Resident) -> Turn {
         if let Some(failure) = ended(&self.state, &resident.reply, resident.deadline) {
             debug!(request = resident.id, %failure, "ended early");
             send(resident, [Err(failure)]);
-            return Turn::Done;
+            return Turn::Leave;
         }
         // A step makes at most three events. Only this thread sends, so room that is there now stays.
-        if resident.reply.capacity() < 4 {
-            return Turn::Waiting;
-        }
-        match guarded(|| self.step(resident)) {
-            Ok(events) => {
-                let steps = resident.steps;
-                send(resident, events.into_iter().filter(|event| steps || !matches!(event, Event::Step(_))).map(Ok));
-            }
-            Err(reason) => {
-                error!(request = resident.id, %reason, "a step failed");
-                send(resident, [Err(Failure::Internal)]);
-                return Turn::Done;
-            }
-        }
-        if resident.sequence.finish_reason().is_some() { Turn::Done } else { Turn::Stepped }
-    }
-
-    fn step(&self, resident: &mut Resident) -> Result<Vec<Event>, StepError> {
-        let Resident { sequence, residence, .. } = resident;
-        runner::step(&self.model, &self.drafters, sequence, residence, &self.tokenizer)
+        if resident.reply.capacity() < 4 { Turn::Wait } else { Turn::Step }
     }
 
     /// What a sequence saw of its drafter is where the next one begins.
@@ -460,11 +466,6 @@ pub enum StepError {
     Text(String),
     #[error("it panicked")]
     Panic,
-}
-
-/// Runs one sequence's work so that a panic in it is that sequence's error.
-fn guarded<T>(work: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(StepError::Panic))
 }
 
 /// Room was checked before the step, so a failed send means that the reader has gone; the next turn sees that.

@@ -1,17 +1,27 @@
-//! Runs one [`Window`] on the device: network, vocabulary head on the wanted rows, statistics. [`step`] puts it together with what
-//! stays on the device between a sequence's steps: its cache, and the draft that its next forward verifies.
+//! Runs [`Window`]s on the device, those of many sequences in one forward: network, vocabulary head on the wanted rows, statistics.
+//! [`round`] puts it together with what stays on the device between a sequence's steps: its cache, and the draft that its next
+//! forward verifies.
 
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::sequence::Sequence;
+use super::{Event, StepError};
+use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::{Pattern, RowStatistics, Wanted, Window};
 use crate::draft::{Context, Drafters};
 use crate::model::cache::KvCache;
 use crate::model::statistics::{Conditions, Proposal, statistics};
-use crate::model::{Layout, ModelError, Transformer};
+use crate::model::{Layout, ModelError, Segment, Transformer};
 use crate::tensor::{Kind, Tensor};
 
-/// Where a forward's time went.
+/// Rows of one forward: enough to fill any device with work, few enough for their activations to be small beside the weights.
+const ROWS_MAX: usize = 2048;
+/// Logits that exist at one time, unless one window alone wants more.
+const LOGITS_MAX: usize = 1 << 25;
+
+/// Where a forward's time went; of a shared one, a window's part by its rows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Timing {
     /// The network up to the final hidden states.
@@ -36,6 +46,8 @@ pub struct Outcome {
     pub timing: Timing,
     /// Sequences that the network saw: two under guidance.
     pub forwards: usize,
+    /// Windows that were run together, this one included.
+    pub beside: usize,
 }
 
 /// What a sequence keeps on the device.
@@ -50,7 +62,7 @@ impl Residence {
     /// Takes the room that `sequence` will need.
     pub fn new(model: &Transformer, sequence: &Sequence) -> Result<Self, ModelError> {
         let room = sequence.cache_room();
-        let cache = if room > 0 { Some(KvCache::new(model.config(), model.placement(), 1, room)?) } else { None };
+        let cache = if room > 0 { Some(KvCache::new(model.config(), model.placement(), room)?) } else { None };
         Ok(Self { cache, proposal: None })
     }
 }
@@ -65,105 +77,259 @@ pub struct Aside {
     pub draft_forwards: usize,
 }
 
-/// Runs `window`; the statistics are those of its wanted rows, in order. Keys are written to `residence`'s cache, behind what it keeps.
+/// One window, and what its sequence keeps on the device.
+#[derive(Clone, Copy)]
+pub struct Ask<'a> {
+    pub window: &'a Window,
+    pub residence: &'a Residence,
+}
+
+impl Ask<'_> {
+    /// Rows that it adds to a forward.
+    fn rows(&self) -> usize {
+        self.window.tokens.len() * self.sequences()
+    }
+
+    fn sequences(&self) -> usize {
+        1 + usize::from(self.window.guidance.is_some())
+    }
+}
+
+/// Runs `window` by itself; the statistics are those of its wanted rows, in order. Keys are written to `residence`'s cache.
 pub fn run(model: &Transformer, window: &Window, residence: &Residence) -> Result<Outcome, ModelError> {
+    match run_all(model, &[Ask { window, residence }])?.pop() {
+        Some(outcome) => outcome,
+        None => Err(ModelError::Torch("a window came to nothing".into())),
+    }
+}
+
+/// Runs all windows in one forward. The outer error is the forward's; an inner one is a window's own (numbers that are not finite).
+pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, ModelError>>, ModelError> {
     tch::no_grad(|| {
         let started = Instant::now();
-        let device = model.placement().device;
-        let tokens = tokens(model, window)?;
-        let hidden = match (&window.pattern, &residence.cache) {
-            (Pattern::Whole(attention), _) => model.hidden(&tokens, *attention)?,
-            (Pattern::Next, Some(cache)) => model.extend(&tokens, Layout::Causal, cache)?,
-            (Pattern::Tree(parents), Some(cache)) => model.extend(&tokens, Layout::Tree(parents), cache)?,
-            (Pattern::Canonical(_), Some(cache)) => model.extend(&tokens, Layout::Canonical(window.tokens.len()), cache)?,
-            (_, None) => return Err(ModelError::Torch("a window that follows a cache was run without one".into())),
-        };
+        let tokens: Vec<Vec<u32>> = asks.iter().map(|ask| tokens(model, ask.window)).collect();
+        let segments: Vec<Segment> = asks.iter().zip(&tokens).flat_map(|(ask, tokens)| segments(model, ask, tokens)).collect();
+        let hidden = model.forward(&segments)?;
+        let (mut first, mut rows) = (0, vec![]);
+        let mut places = Vec::with_capacity(asks.len());
+        for (ask, tokens) in asks.iter().zip(&tokens) {
+            let wanted = wanted(model, ask.window, tokens.len())?;
+            places.push((rows.len(), wanted.len()));
+            for sequence in 0..ask.sequences() {
+                rows.extend(wanted.iter().map(|row| (first + sequence * tokens.len() + row) as i64));
+            }
+            first += tokens.len() * ask.sequences();
+        }
+        let states = hidden.f_index_select(0, &Tensor::f_from_slice(&rows)?.f_to_device(model.placement().device)?)?;
         let forward = started.elapsed();
-
-        let rows = rows(model, window);
-        let wanted = rows.len();
-        let rows = Tensor::f_from_slice(&rows)?.f_to_device(device)?;
-        let of = |sequence: i64| -> Result<Tensor, ModelError> { Ok(hidden.f_get(sequence)?.f_index_select(0, &rows)?) };
-        let states = of(0)?;
-        if wanted == 0 {
-            let timing = Timing { forward, ..Timing::default() };
-            return Ok(Outcome { rows: vec![], hidden: states, timing, forwards: 1 });
+        let mut outcomes = Vec::with_capacity(asks.len());
+        for group in groups(&places, model.config().vocab_size) {
+            let (from, count) = (places[group.start].0, rows_of(asks, &places, group.clone()));
+            let began = Instant::now();
+            let logits = if count > 0 { Some(model.logits(&states.f_narrow(0, from as i64, count as i64)?)?) } else { None };
+            let head = began.elapsed();
+            for index in group {
+                let (ask, (at, wanted)) = (&asks[index], places[index]);
+                let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
+                let timing = Timing {
+                    forward: mine(forward, ask.rows(), first),
+                    head: mine(head, wanted * ask.sequences(), count),
+                    statistics: Duration::ZERO,
+                };
+                let hidden = states.f_narrow(0, at as i64, wanted as i64)?;
+                let own =
+                    logits.as_ref().map(|logits| logits.f_narrow(0, (at - from) as i64, (wanted * ask.sequences()) as i64));
+                outcomes.push(judge(ask, own.transpose()?, hidden, timing, asks.len()));
+            }
         }
-        let mut logits = model.logits(&states)?;
-        if let Some(guidance) = &window.guidance {
-            let unconditional = model.logits(&of(1)?)?.f_to_kind(Kind::Float)?;
-            let difference = logits.f_to_kind(Kind::Float)?.f_sub(&unconditional)?;
-            logits = unconditional.f_add(&difference.f_mul_scalar(guidance.scale + 1.0)?)?;
-        }
-        let used = used_rows(window, wanted);
-        let logits = logits.f_narrow(0, 0, used as i64)?;
-        let head = started.elapsed() - forward;
-
-        let conditions = Conditions {
-            sampling: &window.sampling,
-            noise: &window.noise,
-            histories: &window.histories,
-            proposal: residence.proposal.as_ref(),
-        };
-        let rows = statistics(&logits, &conditions)?;
-        let timing = Timing { forward, head, statistics: started.elapsed() - forward - head };
-        Ok(Outcome { rows, hidden: states, timing, forwards: 1 + usize::from(window.guidance.is_some()) })
+        Ok(outcomes)
     })
 }
 
-/// `[sequences, seq]` on the device: two sequences under guidance, and filling where the window wants a fixed width.
-fn tokens(model: &Transformer, window: &Window) -> Result<Tensor, ModelError> {
-    let vocab_size = model.config().vocab_size;
-    let mut tokens: Vec<i64> = window.tokens.iter().map(|id| i64::from(*id)).collect();
-    let mut length = tokens.len();
-    if let Pattern::Canonical(rows) = window.pattern {
-        length = length.max(rows);
-        tokens.resize(length, 0);
+/// Windows whose wanted rows go through the head together, so that their logits stay within [`LOGITS_MAX`]; at least one.
+fn groups(places: &[(usize, usize)], vocab_size: usize) -> Vec<Range<usize>> {
+    let mut groups: Vec<Range<usize>> = vec![];
+    for (index, (at, rows)) in places.iter().enumerate() {
+        match groups.last_mut() {
+            Some(group) if (at + rows - places[group.start].0) * vocab_size <= LOGITS_MAX => group.end = index + 1,
+            _ => groups.push(index..index + 1),
+        }
     }
-    if let Some(guidance) = &window.guidance {
-        tokens.extend(guidance.unconditional.iter().map(|id| i64::from(*id)));
-    }
-    if let Some(id) = tokens.iter().copied().find(|id| *id >= vocab_size as i64) {
-        return Err(ModelError::TokenOutOfRange { id, vocab_size });
-    }
-    Ok(Tensor::f_from_slice(&tokens)?.f_view([-1, length as i64])?.f_to_device(model.placement().device)?)
+    groups
 }
 
-/// Rows of the hidden states to turn into logits. A window of fixed width takes all of its rows through the head, since a product's
-/// last bit may depend on how many rows it has.
-fn rows(model: &Transformer, window: &Window) -> Vec<i64> {
+fn rows_of(asks: &[Ask], places: &[(usize, usize)], group: Range<usize>) -> usize {
+    group.map(|index| places[index].1 * asks[index].sequences()).sum()
+}
+
+/// Statistics of one window's logits: `[wanted, vocab]`, under guidance those without the prompt behind them.
+fn judge(ask: &Ask, logits: Option<Tensor>, hidden: Tensor, mut timing: Timing, beside: usize) -> Result<Outcome, ModelError> {
+    let (window, forwards) = (ask.window, ask.sequences());
+    let Some(mut logits) = logits.filter(|logits| logits.size()[0] > 0) else {
+        return Ok(Outcome { rows: vec![], hidden, timing, forwards, beside });
+    };
+    let began = Instant::now();
+    if let Some(guidance) = &window.guidance {
+        let rows = logits.size()[0] / 2;
+        let unconditional = logits.f_narrow(0, rows, rows)?.f_to_kind(Kind::Float)?;
+        let difference = logits.f_narrow(0, 0, rows)?.f_to_kind(Kind::Float)?.f_sub(&unconditional)?;
+        logits = unconditional.f_add(&difference.f_mul_scalar(guidance.scale + 1.0)?)?;
+    }
+    if let Wanted::Following(rows) = &window.wanted {
+        logits = logits.f_narrow(0, 0, rows.len() as i64)?;
+    }
+    let conditions = Conditions {
+        sampling: &window.sampling,
+        noise: &window.noise,
+        histories: &window.histories,
+        proposal: ask.residence.proposal.as_ref(),
+    };
+    let rows = statistics(&logits, &conditions)?;
+    timing.statistics = began.elapsed();
+    Ok(Outcome { rows, hidden, timing, forwards, beside })
+}
+
+/// The window's tokens, with filling where it wants a fixed width and rows depend on their neighbours.
+fn tokens(model: &Transformer, window: &Window) -> Vec<u32> {
+    let mut tokens = window.tokens.clone();
+    if let (Pattern::Canonical(rows), false) = (&window.pattern, model.rows_are_independent()) {
+        tokens.resize(tokens.len().max(*rows), 0);
+    }
+    tokens
+}
+
+/// Two segments under guidance, else one.
+fn segments<'a>(model: &Transformer, ask: &Ask<'a>, tokens: &'a [u32]) -> impl Iterator<Item = Segment<'a>> {
+    let cache = ask.residence.cache.as_ref();
+    let (layout, cache) = match &ask.window.pattern {
+        Pattern::Whole(attention) => (Layout::Whole(*attention), None),
+        Pattern::Next => (Layout::Causal, cache),
+        Pattern::Tree(parents) => (Layout::Tree(parents), cache),
+        Pattern::Canonical(_) if model.rows_are_independent() => (Layout::Causal, cache),
+        Pattern::Canonical(_) => (Layout::Canonical(ask.window.tokens.len()), cache),
+        Pattern::Span { start, sees } => (Layout::Span { start: *start, sees }, cache),
+    };
+    let unconditional = ask.window.guidance.as_ref().map(|guidance| Segment { tokens: &guidance.unconditional, layout, cache });
+    std::iter::once(Segment { tokens, layout, cache }).chain(unconditional)
+}
+
+/// The window's rows whose logits are wanted. One of fixed width takes all of them through the head, since a product's last bit may
+/// depend on how many rows it has.
+fn wanted(model: &Transformer, window: &Window, length: usize) -> Result<Vec<usize>, ModelError> {
+    let start = if let Pattern::Span { start, .. } = window.pattern { start } else { 0 };
+    let shift = usize::from(model.config().shift);
     match (&window.wanted, &window.pattern) {
-        (Wanted::Following(_), Pattern::Canonical(width)) => (0..*width.max(&window.tokens.len()) as i64).collect(),
-        (Wanted::Following(rows), _) => rows.iter().map(|row| *row as i64).collect(),
+        (Wanted::Following(_), Pattern::Canonical(_)) if !model.rows_are_independent() => Ok((0..length).collect()),
+        (Wanted::Following(rows), _) => Ok(rows.clone()),
         (Wanted::Positions(positions), _) => {
-            let shift = i64::from(model.config().shift);
-            positions.iter().map(|position| (i64::from(*position) - shift).max(0)).collect()
+            let row = |position: &u32| match (*position as usize).checked_sub(shift) {
+                // The first position of all has no row before it; the originals take its own.
+                None => Ok(0),
+                Some(at) if (start..start + length).contains(&at) => Ok(at - start),
+                Some(_) => Err(ModelError::Torch(format!("no row of the window predicts position {position}"))),
+            };
+            positions.iter().map(row).collect()
         }
     }
 }
 
-fn used_rows(window: &Window, all: usize) -> usize {
-    match &window.wanted {
-        Wanted::Following(rows) => rows.len(),
-        Wanted::Positions(_) => all,
-    }
+/// A sequence and what it keeps on the device.
+pub struct Member<'a> {
+    pub sequence: &'a mut Sequence,
+    pub residence: &'a mut Residence,
 }
 
-/// One whole step of `sequence`: its window, what it makes of it, the cache brought in line, the next draft. Gives the events.
+/// One step of every sequence: windows run together where they can, what each makes of its own, caches brought in line, the next
+/// drafts. Gives each one's events, or what went wrong with it; no sequence's trouble is another's.
+pub fn round(
+    model: &Transformer,
+    drafters: &Drafters,
+    members: &mut [Member],
+    tokenizer: &Tokenizer,
+) -> Vec<Result<Vec<Event>, StepError>> {
+    let windows: Vec<_> = members.iter().map(|member| guarded(|| Ok(member.sequence.window()))).collect();
+    let asks: Vec<(usize, Ask)> = windows
+        .iter()
+        .enumerate()
+        .filter_map(|(index, window)| window.as_ref().ok()?.as_ref().map(|window| (index, window)))
+        .map(|(index, window)| (index, Ask { window, residence: &*members[index].residence }))
+        .collect();
+    let mut outcomes: Vec<Option<Result<Outcome, StepError>>> = windows.iter().map(|_| None).collect();
+    for forward in forwards(model, &asks) {
+        let together: Vec<Ask> = asks[forward.clone()].iter().map(|(_, ask)| *ask).collect();
+        let alone = |ask: &Ask| guarded(|| Ok(run(model, ask.window, ask.residence)?));
+        let found = match guarded(|| Ok(run_all(model, &together)?)) {
+            Ok(found) => found.into_iter().map(|outcome| outcome.map_err(StepError::from)).collect(),
+            Err(reason) if together.len() == 1 => vec![Err(reason)],
+            // Somebody's window breaks the forward: each for itself shows whose. What was written to caches is written again.
+            Err(_) => together.iter().map(alone).collect::<Vec<_>>(),
+        };
+        for ((index, _), outcome) in asks[forward].iter().zip(found) {
+            outcomes[*index] = Some(outcome);
+        }
+    }
+    drop(asks);
+    let each = members.iter_mut().zip(windows).zip(outcomes);
+    each.map(|((member, window), outcome)| match (window?, outcome) {
+        (Some(window), Some(outcome)) => {
+            let outcome = outcome?;
+            guarded(|| finish(model, drafters, member, &window, &outcome, tokenizer))
+        }
+        _ => Ok(vec![]),
+    })
+    .collect()
+}
+
+/// Which of the asks run together: in order, as many as [`ROWS_MAX`] allows, and by itself whatever wants to be.
+fn forwards(model: &Transformer, asks: &[(usize, Ask)]) -> Vec<Range<usize>> {
+    let alone = |ask: &Ask| ask.window.alone && !model.rows_are_independent();
+    let mut forwards: Vec<Range<usize>> = vec![];
+    let mut rows = 0;
+    for (index, (_, ask)) in asks.iter().enumerate() {
+        let joins = index > 0 && !alone(ask) && !alone(&asks[index - 1].1) && rows + ask.rows() <= ROWS_MAX;
+        match forwards.last_mut() {
+            Some(forward) if joins => forward.end = index + 1,
+            _ => {
+                forwards.push(index..index + 1);
+                rows = 0;
+            }
+        }
+        rows += ask.rows();
+    }
+    forwards
+}
+
+/// One whole step of one sequence.
 pub fn step(
     model: &Transformer,
     drafters: &Drafters,
     sequence: &mut Sequence,
     residence: &mut Residence,
-    tokenizer: &crate::checkpoint::tokenizer::Tokenizer,
-) -> Result<Vec<super::Event>, super::StepError> {
-    let Some(window) = sequence.window() else { return Ok(vec![]) };
-    let outcome = run(model, &window, residence)?;
-    let mut events = sequence.advance(&outcome, window.purpose, tokenizer).map_err(super::StepError::Text)?;
-    let aside = settle(model, drafters, sequence, residence, &outcome)?;
-    sequence.account(outcome.timing.total(), aside);
+    tokenizer: &Tokenizer,
+) -> Result<Vec<Event>, StepError> {
+    round(model, drafters, &mut [Member { sequence, residence }], tokenizer).pop().unwrap_or(Ok(vec![]))
+}
+
+/// What a sequence makes of its window.
+fn finish(
+    model: &Transformer,
+    drafters: &Drafters,
+    member: &mut Member,
+    window: &Window,
+    outcome: &Outcome,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<Event>, StepError> {
+    let Member { sequence, residence } = member;
+    let mut events = sequence.advance(outcome, window.purpose, tokenizer).map_err(StepError::Text)?;
+    let aside = settle(model, drafters, sequence, residence, outcome)?;
+    sequence.account(outcome, aside);
     events.extend(sequence.finish());
     Ok(events)
+}
+
+/// Runs one sequence's work so that a panic in it is that sequence's error.
+pub(super) fn guarded<T>(work: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(StepError::Panic))
 }
 
 /// Keeps what `sequence` accepted and asks its drafter for more.

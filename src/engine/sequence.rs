@@ -114,8 +114,10 @@ impl Sequence {
     }
 
     /// Adds what the step cost beside its window.
-    pub fn account(&mut self, forward: Duration, aside: Aside) {
-        self.decoder.timed(forward.as_secs_f64(), aside.draft.as_secs_f64());
+    pub fn account(&mut self, outcome: &Outcome, aside: Aside) {
+        // What a forward costs by itself cannot be told from a part of a shared one.
+        let forward = (outcome.beside == 1).then(|| outcome.timing.total().as_secs_f64());
+        self.decoder.timed(forward, aside.draft.as_secs_f64());
         self.usage.forwards.draft += aside.draft_forwards;
         self.usage.drafting += aside.draft;
         self.usage.committing += aside.commit;

@@ -10,11 +10,11 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::checkpoint::tokenizer::Tokenizer;
-use crate::decode::Sampling;
 use crate::decode::canvas::{Canvas, Piece};
 use crate::decode::diffusion::select::Order;
 use crate::decode::diffusion::{Commit, Diffusion, EndOfText, Parameters};
-use crate::engine::runner;
+use crate::decode::{Purpose, Sampling, Window};
+use crate::engine::runner::{self, Ask, Residence};
 use crate::engine::sequence::Sequence;
 use crate::model::Transformer;
 
@@ -87,11 +87,12 @@ fn round(model: &Transformer, tokenizer: &Tokenizer, options: &Options, prompt: 
     let mut sequences: Vec<Sequence> = (0..options.batch).map(|_| sequence(model, options, prompt)).collect();
     let started = Instant::now();
     let (mut forward, mut head, mut statistics, mut event) = (Duration::ZERO, Duration::ZERO, Duration::ZERO, Duration::ZERO);
-    for sequence in &mut sequences {
-        let Some(window) = sequence.window() else { continue };
-        let outcome = runner::run(model, &window, &runner::Residence::default())?;
-        let advancing = Instant::now();
-        std::hint::black_box(sequence.advance(&outcome, window.purpose, tokenizer).map_err(anyhow::Error::msg)?);
+    let windows: Vec<Window> = sequences.iter().filter_map(Sequence::window).collect();
+    let residence = Residence::default();
+    let asks: Vec<Ask> = windows.iter().map(|window| Ask { window, residence: &residence }).collect();
+    for (sequence, outcome) in sequences.iter_mut().zip(runner::run_all(model, &asks)?) {
+        let (outcome, advancing) = (outcome?, Instant::now());
+        std::hint::black_box(sequence.advance(&outcome, Purpose::Denoise, tokenizer).map_err(anyhow::Error::msg)?);
         event += advancing.elapsed();
         forward += outcome.timing.forward;
         head += outcome.timing.head;

@@ -10,17 +10,17 @@ use crate::tensor::{Kind, Placement, Tensor};
 
 /// Keys (rotated) and values of every layer.
 pub struct KvCache {
-    /// `[layers, 2, batch, kv_heads, capacity, head_dim]`: one tensor, so that a path is kept in one selection for all layers.
+    /// `[layers, 2, kv_heads, capacity, head_dim]`: one tensor, so that a path is kept in one selection for all layers.
     data: Tensor,
-    /// Views of `data` for each layer: keys and values, `[batch, kv_heads, capacity, head_dim]`.
+    /// Views of `data` for each layer: keys and values, `[kv_heads, capacity, head_dim]`.
     layers: Vec<(Tensor, Tensor)>,
     length: usize,
 }
 
 impl KvCache {
-    /// Room for `capacity` positions of `batch` sequences of one length.
-    pub fn new(config: &ModelConfig, placement: Placement, batch: usize, capacity: usize) -> Result<Self, ModelError> {
-        let shape = [config.layers, 2, batch, config.kv_heads, capacity, config.head_dim].map(|n| n as i64);
+    /// Room for `capacity` positions.
+    pub fn new(config: &ModelConfig, placement: Placement, capacity: usize) -> Result<Self, ModelError> {
+        let shape = [config.layers, 2, config.kv_heads, capacity, config.head_dim].map(|n| n as i64);
         let data = Tensor::f_zeros(shape, (placement.dtype.kind(), placement.device))?;
         let view = |layer: i64| -> Result<_, ModelError> {
             let layer = data.f_get(layer)?;
@@ -41,7 +41,7 @@ impl KvCache {
 
     /// Positions that there is room for.
     pub fn capacity(&self) -> usize {
-        self.data.size()[4] as usize
+        self.data.size()[3] as usize
     }
 
     /// Bytes held.
@@ -49,31 +49,28 @@ impl KvCache {
         self.data.numel() * self.data.kind().elt_size_in_bytes()
     }
 
-    /// All of a layer's keys and values, `[batch, kv_heads, capacity, head_dim]`, for a kernel that writes them itself.
-    pub(super) fn layer(&self, layer: usize) -> (&Tensor, &Tensor) {
+    /// All of a layer's keys and values, `[kv_heads, capacity, head_dim]`, for a kernel that writes them itself.
+    pub(super) fn layer(&self, layer: usize) -> (Tensor, Tensor) {
         let (keys, values) = &self.layers[layer];
-        (keys, values)
+        (keys.shallow_clone(), values.shallow_clone())
     }
 
-    /// Sequences side by side.
-    pub fn batch(&self) -> usize {
-        self.data.size()[2] as usize
-    }
-
-    /// Writes `key` and `value` (`[batch, kv_heads, seq, head_dim]`) of `layer` behind what is kept, and gives the first `visible`
+    /// Writes `key` and `value` (`[1, kv_heads, seq, head_dim]`) of `layer` from position `start` on, and gives the first `visible`
     /// positions of both. What is kept grows with [`KvCache::keep`] only.
     pub(super) fn write(
         &self,
         layer: usize,
+        start: usize,
         key: &Tensor,
         value: &Tensor,
         visible: usize,
     ) -> Result<(Tensor, Tensor), ModelError> {
         let (keys, values) = &self.layers[layer];
-        let (start, count) = (self.length as i64, key.size()[2]);
-        keys.f_narrow(2, start, count)?.f_copy_(key)?;
-        values.f_narrow(2, start, count)?.f_copy_(value)?;
-        Ok((keys.f_narrow(2, 0, visible as i64)?, values.f_narrow(2, 0, visible as i64)?))
+        let (start, count) = (start as i64, key.size()[2]);
+        keys.f_narrow(1, start, count)?.f_copy_(&key.f_squeeze_dim(0)?)?;
+        values.f_narrow(1, start, count)?.f_copy_(&value.f_squeeze_dim(0)?)?;
+        let seen = |all: &Tensor| all.f_narrow(1, 0, visible as i64)?.f_unsqueeze(0);
+        Ok((seen(keys)?, seen(values)?))
     }
 
     /// Of the tokens that the last forward wrote, keeps those with these indices, in this order; the others are forgotten.
@@ -83,8 +80,8 @@ impl KvCache {
         if let (false, Some(last)) = (in_place, path.iter().max()) {
             let index: Vec<i64> = path.iter().map(|index| *index as i64).collect();
             let index = Tensor::f_from_slice(&index)?.f_to_device(self.data.device())?;
-            let kept = self.data.f_narrow(4, start, *last as i64 + 1)?.f_index_select(4, &index)?;
-            self.data.f_narrow(4, start, path.len() as i64)?.f_copy_(&kept)?;
+            let kept = self.data.f_narrow(3, start, *last as i64 + 1)?.f_index_select(3, &index)?;
+            self.data.f_narrow(3, start, path.len() as i64)?.f_copy_(&kept)?;
         }
         self.length += path.len();
         Ok(())
@@ -95,8 +92,8 @@ impl KvCache {
         self.length = self.length.min(length);
     }
 
-    /// Keys and values kept, `[layers, 2, batch, kv_heads, len, head_dim]` in f32, for comparisons.
+    /// Keys and values kept, `[layers, 2, kv_heads, len, head_dim]` in f32, for comparisons.
     pub fn kept(&self) -> Result<Tensor, ModelError> {
-        Ok(self.data.f_narrow(4, 0, self.length as i64)?.f_to_kind(Kind::Float)?)
+        Ok(self.data.f_narrow(3, 0, self.length as i64)?.f_to_kind(Kind::Float)?)
     }
 }

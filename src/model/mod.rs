@@ -1,13 +1,15 @@
 //! The transformer: one stack for every dense family, whose differences are data ([`family::Family`]).
 //!
-//! [`Transformer::hidden`] runs whole sequences to final hidden states, [`Transformer::extend`] runs new tokens over what a
-//! [`KvCache`] holds of their sequence, [`Transformer::logits`] turns chosen rows of either into logits; the split is what lets
-//! decoding pay the vocabulary head for wanted rows only. Weights come from any [`Source`] (a
+//! [`Transformer::forward`] runs the new tokens of any number of sequences, each over what a [`cache::KvCache`] holds of it, to final
+//! hidden states; [`Transformer::hidden`] does so for whole sequences of one length, with gradients where they are wanted.
+//! [`Transformer::logits`] turns chosen rows of either into logits; the split is what lets decoding pay the vocabulary head for
+//! wanted rows only. Weights come from any [`Source`] (a
 //! checkpoint, random numbers, a trainer's parameters), and autograd flows through, so training and serving run the same code.
 //! The stack knows nothing of sampling, canvases or requests.
 
 pub mod cache;
 pub mod family;
+pub mod forward;
 pub mod rotary;
 pub mod statistics;
 
@@ -15,9 +17,10 @@ use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
 use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor, kernels};
-use cache::KvCache;
 use family::Attention;
 use rotary::{Rotary, rotate};
+
+pub use forward::{Layout, Segment};
 
 /// A forward pass could not be run.
 #[derive(Debug, Error)]
@@ -127,51 +130,6 @@ struct Layer {
     down: Linear,
 }
 
-/// How the tokens of [`Transformer::extend`] stand to one another.
-#[derive(Clone, Copy, Debug)]
-pub enum Layout<'a> {
-    /// Each follows the one before it.
-    Causal,
-    /// Each follows its parent (an index before its own; the first token is the root). It sees its ancestors and itself.
-    Tree(&'a [usize]),
-    /// Causal for so many tokens, with filling behind them: a forward whose every shape, its view of the cache included, is the
-    /// same for one token as for several, so that the rows agree to the bit.
-    Canonical(usize),
-}
-
-enum Mask {
-    None,
-    Causal,
-    Given(Tensor),
-    /// None is needed: the kernel for few rows goes by [`Past::parents`].
-    Few,
-}
-
-/// What a forward's tokens follow.
-struct Past<'a> {
-    cache: &'a KvCache,
-    /// Positions of the cache that its queries look at.
-    visible: usize,
-    parents: Option<&'a [usize]>,
-}
-
-/// Depth of every node, and which nodes are its ancestors or itself.
-fn tree(parents: &[usize], length: usize) -> Result<(Vec<usize>, Vec<Vec<bool>>), ModelError> {
-    let ordered = parents.len() == length && parents.iter().enumerate().skip(1).all(|(node, parent)| *parent < node);
-    if !ordered {
-        return Err(ModelError::Torch("a tree's parents must stand before their children, one for each token".into()));
-    }
-    let (mut depths, mut ancestors) = (vec![0; length], vec![vec![false; length]; length]);
-    for node in 0..length {
-        if node > 0 {
-            depths[node] = depths[parents[node]] + 1;
-            ancestors[node] = ancestors[parents[node]].clone();
-        }
-        ancestors[node][node] = true;
-    }
-    Ok((depths, ancestors))
-}
-
 /// A loaded network.
 pub struct Transformer {
     config: ModelConfig,
@@ -229,87 +187,25 @@ impl Transformer {
         self.rotary.positions()
     }
 
-    /// Final hidden states (after the last norm) of `tokens: [batch, seq]` (i64): `[batch, seq, hidden]`.
+    /// Final hidden states (after the last norm) of `tokens: [batch, seq]` (i64): `[batch, seq, hidden]`. For training, and as the
+    /// plain form that [`Transformer::forward`] is held to.
     pub fn hidden(&self, tokens: &Tensor, attention: Attention) -> Result<Tensor, ModelError> {
         let (_, length) = tokens.size2()?;
-        let mask = if attention == Attention::Causal { Mask::Causal } else { Mask::None };
         let angles = self.rotary.window(0, length as usize, self.placement.dtype.kind())?;
-        self.stack(tokens, &angles, &mask, None)
+        self.stack(tokens, |_, layer, qkv| self.attend_whole(layer, qkv, &angles, attention == Attention::Causal))
     }
 
-    /// Final hidden states of `tokens: [batch, seq]` that follow what `cache` keeps: `[batch, seq, hidden]`. Every token sees all
-    /// that is kept, and of the tokens beside it what `layout` says. Their keys are written; [`KvCache::keep`] then says which stay.
-    pub fn extend(&self, tokens: &Tensor, layout: Layout, cache: &KvCache) -> Result<Tensor, ModelError> {
-        let (_, length) = tokens.size2()?;
-        let (length, past, kind) = (length as usize, cache.len(), self.placement.dtype.kind());
-        if past + length > cache.capacity() {
-            return Err(ModelError::CacheFull { needed: past + length, capacity: cache.capacity() });
-        }
-        if length * cache.batch() <= kernels::ROWS_MAX
-            && cache.batch() == 1
-            && kernels::attention::fits(kind, self.placement.device, self.config.head_dim)
-        {
-            return self.extend_few(tokens, layout, cache);
-        }
-        let (angles, mask, visible) = match layout {
-            Layout::Causal if length == 1 => (self.rotary.window(past, 1, kind)?, Mask::None, past + 1),
-            Layout::Causal if past == 0 && self.config.heads == self.config.kv_heads => {
-                (self.rotary.window(0, length, kind)?, Mask::Causal, length)
-            }
-            Layout::Causal => {
-                let mask = self.mask(length, past + length, |row, column| column <= past + row)?;
-                (self.rotary.window(past, length, kind)?, mask, past + length)
-            }
-            Layout::Tree(parents) => {
-                let (depths, ancestors) = tree(parents, length)?;
-                let positions: Vec<usize> = depths.iter().map(|depth| past + depth).collect();
-                let seen = |row: usize, column: usize| column < past || ancestors[row][column - past];
-                (self.rotary.at(&positions, kind)?, self.mask(length, past + length, seen)?, past + length)
-            }
-            Layout::Canonical(used) => {
-                // Rows behind `used` are filling: they see the first position only, and nobody sees them.
-                let seen = |row: usize, column: usize| column <= if row < used { past + row } else { 0 };
-                let last = self.rotary.positions().saturating_sub(1);
-                let positions: Vec<usize> = (0..length).map(|row| (past + row).min(last)).collect();
-                (self.rotary.at(&positions, kind)?, self.mask(length, cache.capacity(), seen)?, cache.capacity())
-            }
-        };
-        self.stack(tokens, &angles, &mask, Some(Past { cache, visible, parents: None }))
-    }
-
-    /// [`Transformer::extend`] for the few rows of a decoding step on the CPU. Its kernels need no mask, and since each row is
-    /// computed on its own, the canonical layout is no different from a causal one.
-    fn extend_few(&self, tokens: &Tensor, layout: Layout, cache: &KvCache) -> Result<Tensor, ModelError> {
-        let (_, length) = tokens.size2()?;
-        let (length, past) = (length as usize, cache.len());
-        let last = self.rotary.positions().saturating_sub(1);
-        let (positions, parents): (Vec<usize>, _) = match layout {
-            Layout::Causal => ((past..past + length).collect(), None),
-            Layout::Canonical(_) => ((past..past + length).map(|position| position.min(last)).collect(), None),
-            Layout::Tree(parents) => {
-                let (depths, _) = tree(parents, length)?;
-                (depths.iter().map(|depth| past + depth).collect(), Some(parents))
-            }
-        };
-        let angles = self.rotary.at(&positions, Kind::Float)?;
-        self.stack(tokens, &angles, &Mask::Few, Some(Past { cache, visible: past + length, parents }))
-    }
-
-    /// `[groups · rows, columns]`, true where a row sees a column; once for each query head that shares a key head.
-    fn mask(&self, rows: usize, columns: usize, sees: impl Fn(usize, usize) -> bool) -> Result<Mask, ModelError> {
-        let groups = self.config.heads / self.config.kv_heads;
-        let bits: Vec<bool> =
-            (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))).map(|(r, c)| sees(r, c)).collect();
-        let mask = Tensor::f_from_slice(&bits)?.f_view([rows as i64, columns as i64])?.f_to_device(self.placement.device)?;
-        Ok(Mask::Given(if groups == 1 { mask } else { mask.f_repeat([groups as i64, 1])? }))
-    }
-
-    fn stack(&self, tokens: &Tensor, angles: &(Tensor, Tensor), mask: &Mask, past: Option<Past>) -> Result<Tensor, ModelError> {
+    /// The layers over `tokens: [...]`; `mix` turns a layer's queries, keys and values (`[..., (heads + 2 · kv_heads) · dim]`) into what
+    /// its heads see, `[..., heads · dim]`.
+    fn stack(
+        &self,
+        tokens: &Tensor,
+        mut mix: impl FnMut(usize, &Layer, &Tensor) -> Result<Tensor, ModelError>,
+    ) -> Result<Tensor, ModelError> {
         let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = self.rms_norm(&x, &layer.attention_norm)?;
-            let past = past.as_ref().map(|past| (past, index));
-            x = x.f_add(&self.attend(layer, &normed, angles, mask, past)?)?;
+            let qkv = layer.qkv.forward(&self.rms_norm(&x, &layer.attention_norm)?)?;
+            x = x.f_add(&layer.output.forward(&mix(index, layer, &qkv)?)?)?;
             let normed = self.rms_norm(&x, &layer.mlp_norm)?;
             x = x.f_add(&self.mlp(layer, &normed)?)?;
         }
@@ -327,82 +223,30 @@ impl Transformer {
         &self.embedding
     }
 
-    fn attend(
-        &self,
-        layer: &Layer,
-        x: &Tensor,
-        angles: &(Tensor, Tensor),
-        mask: &Mask,
-        past: Option<(&Past, usize)>,
-    ) -> Result<Tensor, ModelError> {
+    /// Attention within each of several sequences of one length.
+    fn attend_whole(&self, layer: &Layer, qkv: &Tensor, angles: &(Tensor, Tensor), causal: bool) -> Result<Tensor, ModelError> {
         let c = &self.config;
         let (heads, kv_heads, head_dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
-        let (batch, length, _) = x.size3()?;
-        let qkv = layer.qkv.forward(x)?;
-        if let (Mask::Few, Some((past, index))) = (mask, past) {
-            return self.attend_few(layer, &qkv, angles, past, index);
-        }
+        let (batch, length, _) = qkv.size3()?;
         let qkv = qkv.f_view([batch, length, heads + 2 * kv_heads, head_dim])?;
-        let value = qkv.f_narrow(2, heads + kv_heads, kv_heads)?;
-        // Queries and keys turn together: one rotation instead of two.
-        let mut query_key = qkv.f_narrow(2, 0, heads + kv_heads)?;
-        if let Some((query_norm, key_norm)) = &layer.qk_norm {
-            query_key = Tensor::f_cat(
-                &[
-                    self.rms_norm(&query_key.f_narrow(2, 0, heads)?, query_norm)?,
-                    self.rms_norm(&query_key.f_narrow(2, heads, kv_heads)?, key_norm)?,
-                ],
-                2,
-            )?;
-        }
-        let query_key = rotate(&query_key, angles)?;
-        let mut query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
-        let key = query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?;
-        let value = value.f_transpose(1, 2)?;
-        let (key, value) = match past {
-            // Copying all cached keys for every query head that shares them would cost more than the attention itself: the heads
-            // of a group become further rows of the one key head.
-            Some((past, index)) => {
-                query = query.f_reshape([batch, kv_heads, heads / kv_heads * length, head_dim])?;
-                past.cache.write(index, &key, &value, past.visible)?
-            }
-            None => (self.repeat_heads(key)?, self.repeat_heads(value)?),
-        };
-        let (given, causal) = match mask {
-            Mask::Given(mask) => (Some(mask), false),
-            Mask::Causal => (None, true),
-            Mask::None | Mask::Few => (None, false),
-        };
-        let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, given, 0.0, causal, None::<f64>, false)?;
-        let mixed = if past.is_some() { mixed.f_view([batch, heads, length, head_dim])? } else { mixed };
-        layer.output.forward(&mixed.f_transpose(1, 2)?.f_reshape([batch, length, heads * head_dim])?)
+        let query_key = rotate(&self.query_key(layer, &qkv)?, angles)?;
+        let query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
+        let key = self.repeat_heads(query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?)?;
+        let value = self.repeat_heads(qkv.f_narrow(2, heads + kv_heads, kv_heads)?.f_transpose(1, 2)?)?;
+        let none = None::<Tensor>;
+        let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, none, 0.0, causal, None::<f64>, false)?;
+        Ok(mixed.f_transpose(1, 2)?.f_reshape([batch, length, heads * head_dim])?)
     }
 
-    fn attend_few(
-        &self,
-        layer: &Layer,
-        qkv: &Tensor,
-        angles: &(Tensor, Tensor),
-        past: &Past,
-        index: usize,
-    ) -> Result<Tensor, ModelError> {
-        let c = &self.config;
-        let query = kernels::attention::Query {
-            qkv,
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            dim: c.head_dim,
-            angles,
-            norms: layer.qk_norm.as_ref().map(|(query, key)| (query, key)),
-            eps: c.norm_eps,
-            past: past.cache.len(),
-            parents: past.parents,
-        };
-        let (keys, values) = past.cache.layer(index);
-        match kernels::attention::attention(&query, keys, values)? {
-            Some(mixed) => layer.output.forward(&mixed),
-            None => Err(ModelError::Torch("a step was given tensors that its kernel does not take".into())),
-        }
+    /// Queries and keys of `qkv: [batch, seq, heads + 2 · kv_heads, dim]`, normalised where the family does so. They are rotated
+    /// together: one rotation instead of two.
+    fn query_key(&self, layer: &Layer, qkv: &Tensor) -> Result<Tensor, ModelError> {
+        let (heads, kv_heads) = (self.config.heads as i64, self.config.kv_heads as i64);
+        let query_key = qkv.f_narrow(2, 0, heads + kv_heads)?;
+        let Some((query_norm, key_norm)) = &layer.qk_norm else { return Ok(query_key) };
+        let query = self.rms_norm(&query_key.f_narrow(2, 0, heads)?, query_norm)?;
+        let key = self.rms_norm(&query_key.f_narrow(2, heads, kv_heads)?, key_norm)?;
+        Ok(Tensor::f_cat(&[query, key], 2)?)
     }
 
     /// Grouped-query attention: each key/value head serves `heads / kv_heads` query heads. `[batch, kv_heads, seq, dim]`.

@@ -232,6 +232,7 @@ impl Autoregressive {
             guidance: None,
             sampling: self.parameters.sampling.clone(),
             noise: self.uniforms((0..usize::from(complete)).map(|_| 0)),
+            alone: self.parameters.deterministic,
             histories: self.histories(0..usize::from(complete)),
         }
     }
@@ -266,6 +267,7 @@ impl Decoder for Autoregressive {
             guidance: None,
             sampling: self.parameters.sampling.clone(),
             noise: self.uniforms(self.tree.depths().iter().copied()),
+            alone: self.parameters.deterministic,
             histories: self.histories(0..nodes),
         }
     }
@@ -364,9 +366,9 @@ impl Decoder for Autoregressive {
         self.tree = tree.cut(self.remaining().saturating_sub(1), self.nodes_max());
     }
 
-    fn timed(&mut self, forward: f64, draft: f64) {
+    fn timed(&mut self, forward: Option<f64>, draft: f64) {
         if let Some(adaptation) = &mut self.adaptation {
-            if let Some(nodes) = self.ran {
+            if let (Some(nodes), Some(forward)) = (self.ran, forward) {
                 adaptation.timed(nodes, forward);
             }
             if let Some(shape) = self.asked {

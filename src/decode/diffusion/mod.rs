@@ -210,6 +210,7 @@ impl Decoder for Diffusion {
             guidance,
             sampling: parameters.sampling.clone(),
             noise: Noise::Seed(mix(parameters.seed ^ mix(self.step as u64))),
+            alone: false,
             histories: vec![],
         }
     }

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::{Checkpoint, write_atomically};
 use crate::eval::nano::{self, Split};
 use crate::model::cache::KvCache;
-use crate::model::{Layout, Transformer, manifest};
+use crate::model::{Layout, Segment, Transformer, manifest};
 use crate::tensor::{Kind, Tensor};
 use crate::train::progress;
 
@@ -228,18 +228,23 @@ fn continue_prompts(
         group.prompts.iter().map(|prompt| Text { prompt: prompt.len(), tokens: prompt.clone() }).collect();
     let prompt = texts.first().map_or(0, |text| text.prompt);
     let length = settings.length.min(model.context().saturating_sub(prompt));
-    let mut cache = KvCache::new(model.config(), model.placement(), texts.len(), prompt + length)?;
+    let cache = |_| KvCache::new(model.config(), model.placement(), prompt + length);
+    let mut caches: Vec<KvCache> = (0..texts.len()).map(cache).collect::<Result<_, _>>()?;
     let mut open = vec![true; texts.len()];
-    let mut next: Vec<i64> = group.prompts.iter().flatten().map(|id| i64::from(*id)).collect();
+    let mut next: Vec<Vec<u32>> = group.prompts.clone();
     for _ in 0..length {
-        let tokens = Tensor::f_from_slice(&next)?.f_view([texts.len() as i64, -1])?.f_to_device(model.placement().device)?;
-        let hidden = model.extend(&tokens, Layout::Causal, &cache)?;
-        let rows = hidden.size()[1];
-        cache.keep(&(0..rows as usize).collect::<Vec<_>>())?;
-        next = choose(&model.logits(&hidden.f_select(1, rows - 1)?)?, group.temperature, rng)?;
+        let segment = |(tokens, cache)| Segment { tokens, layout: Layout::Causal, cache: Some(cache) };
+        let hidden = model.forward(&next.iter().map(Vec::as_slice).zip(&caches).map(segment).collect::<Vec<_>>())?;
+        let rows = next.first().map_or(0, Vec::len) as i64;
+        for cache in &mut caches {
+            cache.keep(&(0..rows as usize).collect::<Vec<_>>())?;
+        }
+        let last = hidden.f_view([texts.len() as i64, rows, -1])?.f_select(1, rows - 1)?;
+        let chosen = choose(&model.logits(&last)?, group.temperature, rng)?;
+        next = chosen.iter().map(|token| vec![*token as u32]).collect();
         for ((text, open), token) in texts.iter_mut().zip(&mut open).zip(&next).filter(|((_, open), _)| **open) {
-            text.tokens.push(*token as u32);
-            *open = !ends.contains(&(*token as u32));
+            text.tokens.push(token[0]);
+            *open = !ends.contains(&token[0]);
         }
         if !open.contains(&true) {
             break;

@@ -1,0 +1,274 @@
+//! One forward for many sequences: their new tokens stand side by side as rows, so that norms, projections and gated units run once
+//! for all of them, and only attention keeps them apart.
+//!
+//! A [`Segment`] is one sequence's share. No row is filled up to another's length, and on the CPU each row is computed in one order
+//! whatever rows are beside it ([`crate::tensor::kernels`]): what a sequence gets does not depend on its neighbours.
+
+use std::ops::Range;
+
+use super::cache::KvCache;
+use super::family::Attention;
+use super::rotary::rotate;
+use super::{Layer, ModelError, Transformer};
+use crate::tensor::kernels::attention::{self as kernel, Seen};
+use crate::tensor::{Kind, Tensor};
+
+/// How the tokens of a [`Segment`] stand to one another and to what its cache holds.
+#[derive(Clone, Copy, Debug)]
+pub enum Layout<'a> {
+    /// A whole sequence; nothing is kept.
+    Whole(Attention),
+    /// Each follows the one before it, the first what is kept.
+    Causal,
+    /// Each follows its parent (an index before its own; the first token is the root). It sees its ancestors and itself.
+    Tree(&'a [usize]),
+    /// Causal for so many tokens, with filling behind them: a forward whose every shape, its view of the cache included, is the
+    /// same for one token as for several, so that the rows agree to the bit where the products' rows depend on one another.
+    Canonical(usize),
+    /// From position `start` on, whatever is kept: each sees the cache's first so many positions, those written now included.
+    Span { start: usize, sees: &'a [usize] },
+}
+
+/// One sequence's share of a forward.
+#[derive(Clone, Copy)]
+pub struct Segment<'a> {
+    pub tokens: &'a [u32],
+    pub layout: Layout<'a>,
+    /// `None` for whole sequences.
+    pub cache: Option<&'a KvCache>,
+}
+
+/// A segment made ready: its rows, and who sees what.
+struct Plan<'a> {
+    cache: Option<&'a KvCache>,
+    rows: Range<usize>,
+    /// Slot of the first row's key, and of the first that no row looks at.
+    start: usize,
+    visible: usize,
+    seen: Sight<'a>,
+    /// For libtorch, `[groups · rows, visible]`; `None` where every row sees all that is visible.
+    mask: Option<Tensor>,
+    /// Keys and values of a whole sequence, `[2, kv_heads, rows, dim]`: every layer's in turn.
+    scratch: Option<Tensor>,
+}
+
+enum Sight<'a> {
+    /// Each row sees so many positions from the left.
+    First(Vec<usize>),
+    Ancestors(&'a [usize]),
+}
+
+impl Transformer {
+    /// Final hidden states (after the last norm) of all segments' tokens in order, `[rows, hidden]`. Their keys are written to their
+    /// caches; [`KvCache::keep`] then says which stay.
+    pub fn forward(&self, segments: &[Segment]) -> Result<Tensor, ModelError> {
+        let own = self.rows_are_independent();
+        let (mut tokens, mut positions, mut plans) = (vec![], vec![], Vec::with_capacity(segments.len()));
+        for segment in segments {
+            let plan = self.plan(segment, tokens.len(), own, &mut positions)?;
+            tokens.extend(segment.tokens.iter().map(|id| i64::from(*id)));
+            plans.push(plan);
+        }
+        if let Some(id) = tokens.iter().copied().find(|id| *id >= self.config.vocab_size as i64) {
+            return Err(ModelError::TokenOutOfRange { id, vocab_size: self.config.vocab_size });
+        }
+        let kind = if own { Kind::Float } else { self.placement.dtype.kind() };
+        let angles = self.rotary.at(&positions, kind)?;
+        let tokens = Tensor::f_from_slice(&tokens)?.f_to_device(self.placement.device)?;
+        self.stack(&tokens, |index, layer, qkv| {
+            let mixed = if own {
+                self.attend_few(index, layer, qkv, &angles, &plans)?
+            } else {
+                let mixed = plans.iter().map(|plan| self.attend_segment(index, layer, qkv, &angles, plan));
+                Tensor::f_cat(&mixed.collect::<Result<Vec<_>, _>>()?, 0)?
+            };
+            Ok(mixed)
+        })
+    }
+
+    /// Whether a row's numbers are the same to the bit whatever rows are computed beside it.
+    pub fn rows_are_independent(&self) -> bool {
+        kernel::fits(self.placement.dtype.kind(), self.placement.device, self.config.head_dim) && !self.norm.requires_grad()
+    }
+
+    /// Checks a segment and appends its rows' positions.
+    fn plan<'a>(
+        &self,
+        segment: &Segment<'a>,
+        first: usize,
+        own: bool,
+        positions: &mut Vec<usize>,
+    ) -> Result<Plan<'a>, ModelError> {
+        let (length, kept) = (segment.tokens.len(), segment.cache.map_or(0, KvCache::len));
+        let inside = |position: usize| match position <= self.context() {
+            true => Ok(()),
+            false => Err(ModelError::TooLong { length: position, limit: self.context() }),
+        };
+        let start = if let Layout::Span { start, .. } = segment.layout { start } else { kept };
+        if let Some(cache) = segment.cache
+            && start + length > cache.capacity()
+        {
+            return Err(ModelError::CacheFull { needed: start + length, capacity: cache.capacity() });
+        }
+        let mut visible = start + length;
+        let seen = match segment.layout {
+            Layout::Whole(attention) => {
+                positions.extend(0..length);
+                let full = attention == Attention::Full;
+                Sight::First((0..length).map(|row| if full { length } else { row + 1 }).collect())
+            }
+            Layout::Causal => {
+                positions.extend(start..start + length);
+                Sight::First((0..length).map(|row| start + row + 1).collect())
+            }
+            Layout::Tree(parents) => {
+                positions.extend(depths(parents, length)?.into_iter().map(|depth| start + depth));
+                Sight::Ancestors(parents)
+            }
+            Layout::Canonical(used) => {
+                // Rows behind `used` are filling: they see the first position only, and nobody sees them.
+                let last = self.context().saturating_sub(1);
+                positions.extend((0..length).map(|row| (start + row).min(last)));
+                visible = segment.cache.map_or(visible, KvCache::capacity);
+                Sight::First((0..length).map(|row| if row < used { start + row + 1 } else { 1 }).collect())
+            }
+            Layout::Span { sees, .. } => {
+                positions.extend(start..start + length);
+                visible = sees.iter().copied().fold(visible, usize::max);
+                let capacity = segment.cache.map_or(0, KvCache::capacity);
+                if sees.len() != length || sees.contains(&0) || visible > capacity {
+                    return Err(ModelError::Torch(
+                        "a span must say for each token which of the cache's positions it sees".into(),
+                    ));
+                }
+                Sight::First(sees.to_vec())
+            }
+        };
+        inside(positions[positions.len() - length..].iter().map(|position| position + 1).max().unwrap_or(0))?;
+        if segment.cache.is_none() && !matches!(segment.layout, Layout::Whole(_)) {
+            return Err(ModelError::Torch("tokens that follow a cache were run without one".into()));
+        }
+        let mask = if own { None } else { self.mask(&seen, start, length, visible)? };
+        let scratch = match segment.cache {
+            None if own => {
+                let shape = [2, self.config.kv_heads, length, self.config.head_dim].map(|n| n as i64);
+                Some(Tensor::f_empty(shape, (self.placement.dtype.kind(), self.placement.device))?)
+            }
+            _ => None,
+        };
+        Ok(Plan { cache: segment.cache, rows: first..first + length, start, visible, seen, mask, scratch })
+    }
+
+    /// `[groups · rows, columns]`, true where a row sees a column, once for each query head that shares a key head; `None` where
+    /// every row sees everything.
+    fn mask(&self, seen: &Sight, start: usize, rows: usize, columns: usize) -> Result<Option<Tensor>, ModelError> {
+        let bits: Vec<bool> = match seen {
+            Sight::First(sees) if sees.iter().all(|sees| *sees == columns) => return Ok(None),
+            Sight::First(sees) => sees.iter().flat_map(|sees| (0..columns).map(move |column| column < *sees)).collect(),
+            Sight::Ancestors(parents) => {
+                let mut bits = vec![false; rows * columns];
+                for row in 0..rows {
+                    let line = &mut bits[row * columns..(row + 1) * columns];
+                    line[..start].fill(true);
+                    kernel::lineage(parents, row).into_iter().for_each(|node| line[start + node] = true);
+                }
+                bits
+            }
+        };
+        let groups = self.config.heads / self.config.kv_heads;
+        let mask = Tensor::f_from_slice(&bits)?.f_view([rows as i64, columns as i64])?.f_to_device(self.placement.device)?;
+        Ok(Some(if groups == 1 { mask } else { mask.f_repeat([groups as i64, 1])? }))
+    }
+
+    /// Attention of all segments by our own kernel: one launch.
+    fn attend_few(
+        &self,
+        index: usize,
+        layer: &Layer,
+        qkv: &Tensor,
+        angles: &(Tensor, Tensor),
+        plans: &[Plan],
+    ) -> Result<Tensor, ModelError> {
+        let c = &self.config;
+        let shared = kernel::Shared {
+            qkv,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            dim: c.head_dim,
+            angles,
+            norms: layer.qk_norm.as_ref().map(|(query, key)| (query, key)),
+            eps: c.norm_eps,
+        };
+        let span = |plan: &Plan| -> Result<_, ModelError> {
+            let (keys, values) = match (&plan.scratch, plan.cache) {
+                (Some(scratch), _) => (scratch.f_get(0)?, scratch.f_get(1)?),
+                (None, Some(cache)) => cache.layer(index),
+                (None, None) => return Err(ModelError::Torch("a segment has no place for its keys".into())),
+            };
+            Ok((keys, values))
+        };
+        let places = plans.iter().map(span).collect::<Result<Vec<_>, _>>()?;
+        let spans: Vec<kernel::Span> = plans
+            .iter()
+            .zip(&places)
+            .map(|(plan, (keys, values))| kernel::Span {
+                rows: plan.rows.clone(),
+                keys,
+                values,
+                start: plan.start,
+                seen: match &plan.seen {
+                    Sight::First(sees) => Seen::First(sees),
+                    Sight::Ancestors(parents) => Seen::Ancestors(parents),
+                },
+            })
+            .collect();
+        match kernel::attention(&shared, &spans)? {
+            Some(mixed) => Ok(mixed),
+            None => Err(ModelError::Torch("a forward was given tensors that its attention kernel does not take".into())),
+        }
+    }
+
+    /// Attention of one segment by libtorch, `[rows, heads · dim]`.
+    fn attend_segment(
+        &self,
+        index: usize,
+        layer: &Layer,
+        qkv: &Tensor,
+        (cos, sin): &(Tensor, Tensor),
+        plan: &Plan,
+    ) -> Result<Tensor, ModelError> {
+        let c = &self.config;
+        let (heads, kv_heads, dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
+        let (first, length) = (plan.rows.start as i64, plan.rows.len() as i64);
+        let qkv = qkv.f_narrow(0, first, length)?.f_view([1, length, heads + 2 * kv_heads, dim])?;
+        let angles = (cos.f_narrow(0, first, length)?, sin.f_narrow(0, first, length)?);
+        let query_key = rotate(&self.query_key(layer, &qkv)?, &angles)?;
+        let query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
+        let key = query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?;
+        let value = qkv.f_narrow(2, heads + kv_heads, kv_heads)?.f_transpose(1, 2)?;
+        let (key, value) = match plan.cache {
+            Some(cache) => cache.write(index, plan.start, &key, &value, plan.visible)?,
+            None => (key, value),
+        };
+        // Copying all cached keys for every query head that shares them would cost more than the attention itself: the heads of a
+        // group become further rows of the one key head.
+        let query = query.f_reshape([1, kv_heads, heads / kv_heads * length, dim])?;
+        let mask = plan.mask.as_ref();
+        let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None::<f64>, false)?;
+        let mixed = mixed.f_view([heads, length, dim])?;
+        Ok(mixed.f_transpose(0, 1)?.f_reshape([length, heads * dim])?)
+    }
+}
+
+/// Depth of every node of a tree.
+fn depths(parents: &[usize], length: usize) -> Result<Vec<usize>, ModelError> {
+    let ordered = parents.len() == length && parents.iter().enumerate().skip(1).all(|(node, parent)| *parent < node);
+    if !ordered {
+        return Err(ModelError::Torch("a tree's parents must stand before their children, one for each token".into()));
+    }
+    let mut depths = vec![0; length];
+    for node in 1..length {
+        depths[node] = depths[parents[node]] + 1;
+    }
+    Ok(depths)
+}
