@@ -56,7 +56,7 @@ fn start(resident: usize) -> (ModelInfo, Engine) {
     let network = checkpoint.load(F32, 4096, &mut |_| {}).unwrap();
     let drafters = heads(&network);
     let model = ModelInfo::new(checkpoint, network.context(), network.placement(), drafters.infos());
-    let limits = Limits { resident, queued: 64 };
+    let limits = Limits { resident, queued: 64, prefix_tokens: Some(0), ..Limits::default() };
     let engine = Engine::start(network, drafters, model.tokenizer.clone(), limits).unwrap();
     (model, engine)
 }
@@ -74,6 +74,7 @@ fn options(prompt: &str) -> GenerateOptions {
         stops: vec![],
         steps: true,
         deadline: None,
+        priority: 0,
     }
 }
 

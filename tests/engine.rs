@@ -37,6 +37,7 @@ fn options(prompt: &str) -> GenerateOptions {
         stops: vec![],
         steps: true,
         deadline: None,
+        priority: 0,
     }
 }
 
@@ -57,8 +58,8 @@ fn collect(mut events: Events) -> (String, Usage, Vec<Event>) {
     }
 }
 
-const ONE: Limits = Limits { resident: 1, queued: 64 };
-const MANY: Limits = Limits { resident: 16, queued: 64 };
+const ONE: Limits = Limits { resident: 1, queued: 64, tokens: None, queued_tokens: None, prefix_tokens: None };
+const MANY: Limits = Limits { resident: 16, queued: 64, tokens: None, queued_tokens: None, prefix_tokens: None };
 
 /// Requests of every kind: greedy, sampled, several rules and lengths.
 fn mixed(model: &ModelInfo) -> Vec<lacuna::engine::Request> {
@@ -185,7 +186,7 @@ fn one_at_a_time() -> DiffusionOptions {
 
 #[test]
 fn a_full_queue_refuses_and_a_departed_reader_frees_its_place() {
-    let (model, engine) = start(Limits { resident: 1, queued: 1 });
+    let (model, engine) = start(Limits { resident: 1, queued: 1, ..Limits::default() });
     // Nobody reads the first one, so it stays resident once its channel is full: 200 steps of one token each.
     let long = || {
         let mut options = options(PROMPT);
@@ -202,7 +203,7 @@ fn a_full_queue_refuses_and_a_departed_reader_frees_its_place() {
         }
         assert!(others.len() <= 2, "the queue is not bounded");
     };
-    assert_eq!(refused, Refused::QueueFull(1));
+    assert!(matches!(refused, Refused::QueueFull { waiting: 1, .. }), "{refused:?}");
     drop((first, others));
     let waited = Instant::now();
     while engine.active() > 0 {

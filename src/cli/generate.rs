@@ -95,7 +95,7 @@ impl Options {
         let (model, network, drafters) = self.model.load()?;
         let request = validate(&model, self.request(model.default_canvas(), prompt, show))?;
         let seed = request.method.seed();
-        let engine = Engine::start(network, drafters, model.tokenizer.clone(), Limits { resident: 1, queued: 1 })?;
+        let engine = Engine::start(network, drafters, model.tokenizer.clone(), Limits::one())?;
         let mut events = engine.submit(request)?;
         let events = std::iter::from_fn(move || events.blocking_recv()).map(|event| event.map_err(anyhow::Error::new));
         let ends = &model.generation.eos_token_ids;
@@ -157,6 +157,7 @@ impl Options {
             stops: self.stop.clone(),
             steps,
             deadline: None,
+            priority: 0,
         }
     }
 }

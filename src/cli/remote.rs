@@ -145,6 +145,7 @@ fn usage(usage: proto::Usage) -> Usage {
     let found = usage.speculation.clone().unwrap_or_default();
     Usage {
         prompt_tokens: usage.prompt_tokens as usize,
+        reused_tokens: usage.reused_tokens as usize,
         generated_tokens: usage.generated_tokens as usize,
         forwards,
         steps: usage.steps as usize,
@@ -195,6 +196,7 @@ fn request(options: &GenerateOptions) -> proto::GenerateRequest {
         }),
         stopping: Some(proto::Stopping { max_new_tokens: options.max_new_tokens, stop: options.stops.clone() }),
         step_events: Some(options.steps),
+        priority: Some(options.priority),
         ..proto::GenerateRequest::default()
     }
 }

@@ -21,8 +21,17 @@ pub struct Options {
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
     pub address: SocketAddr,
     /// Sequences decoded together
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 16)]
     pub max_resident: usize,
+    /// Tokens, of canvas and cache, of all sequences decoded together [default: what fits half of the free memory]
+    #[arg(long, value_name = "N", value_parser = tokens)]
+    pub max_tokens: Option<usize>,
+    /// Tokens whose keys are kept for requests that begin alike; 0 for none [default: a quarter of --max-tokens]
+    #[arg(long, value_name = "N")]
+    pub prefix_tokens: Option<usize>,
+    /// Tokens that may wait [default: four times --max-tokens]
+    #[arg(long, value_name = "N")]
+    pub queue_tokens: Option<usize>,
     /// Requests that may wait; one more is refused
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub queue: usize,
@@ -32,6 +41,13 @@ pub struct Options {
     /// How long running requests may go on once the server is told to stop
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub drain_seconds: u64,
+}
+
+fn tokens(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("it is not a whole number above 0".into()),
+        Ok(tokens) => Ok(tokens),
+    }
 }
 
 pub fn run(options: Options) -> Result<()> {
@@ -56,10 +72,16 @@ pub fn run(options: Options) -> Result<()> {
             context = model.context,
             "loaded"
         );
-        let limits = Limits { resident: options.max_resident, queued: options.queue };
+        let limits = Limits {
+            resident: options.max_resident,
+            queued: options.queue,
+            tokens: options.max_tokens,
+            queued_tokens: options.queue_tokens,
+            prefix_tokens: options.prefix_tokens,
+        };
         let engine =
             Engine::start(network, drafters, model.tokenizer.clone(), limits).context("cannot start the engine's thread")?;
-        let served = Served { info: Arc::new(model), engine: engine.clone(), limits };
+        let served = Served { info: Arc::new(model), engine: engine.clone() };
         let settings = ServeOptions {
             request_time_max: Duration::from_secs(options.request_seconds),
             drain_timeout: Duration::from_secs(options.drain_seconds),

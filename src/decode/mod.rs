@@ -205,6 +205,14 @@ pub trait Decoder: Send {
         0
     }
 
+    /// Whether what the cache holds of the beginning depends on the tokens there alone, so that another sequence's will do.
+    fn resumable(&self) -> bool {
+        false
+    }
+
+    /// Told before its first window that the cache holds so many of its tokens already.
+    fn resume(&mut self, _cached: usize) {}
+
     /// Indices of the last window's tokens whose keys stay in the cache, in the order of their positions.
     fn kept(&self) -> &[usize] {
         &[]

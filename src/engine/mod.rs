@@ -1,43 +1,47 @@
 //! The engine: one thread that owns a device and a model, and runs rounds over the sequences that are resident.
 //!
-//! A round is one step for every resident sequence, so that a finished one leaves at once and a waiting one joins at once.
-//! Requests come through a bounded queue, events leave through a bounded channel per request; a reader that does not keep up
-//! holds back its own sequence and no other. The engine knows nothing of gRPC.
+//! A round is one step for every resident sequence, all of them in one forward, so that a finished one leaves at once and a waiting
+//! one joins at once. Requests come through a bounded queue, events leave through a bounded channel per request; a reader that does
+//! not keep up is told less often, and holds back no one. [`scheduler`] decides, [`worker`] does, [`runner`] computes. The engine
+//! knows nothing of gRPC.
 
+pub mod memory;
+pub mod outbox;
+pub mod prefix;
 pub mod request;
 pub mod runner;
+pub mod scheduler;
 pub mod sequence;
 pub mod text;
 pub mod usage;
+mod worker;
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::sync::mpsc;
-use tracing::{debug, error};
 
 use crate::checkpoint::tokenizer::Tokenizer;
-use crate::decode::autoregressive::{Autoregressive, DrafterKind};
 use crate::decode::canvas::Canvas;
-use crate::decode::diffusion::Diffusion;
-use crate::decode::{Decoder, FinishReason, Sampling, Step, autoregressive, diffusion};
+use crate::decode::{FinishReason, Sampling, Step, autoregressive, diffusion};
 use crate::draft::Drafters;
 use crate::model::{ModelError, Transformer};
-use runner::{Member, Residence, guarded};
-use sequence::Sequence;
+use scheduler::{Bounds, Id, Refusal, Scheduler};
+use worker::Worker;
 
 pub use usage::{Drafted, Forwards, Usage};
 
-/// Events that wait for a reader; a step makes at most three, so this is some twenty steps of slack.
-const EVENTS_MAX: usize = 64;
+/// Events that wait in a reader's channel; what comes on top is coalesced.
+const EVENTS_MAX: usize = 16;
 /// How long the engine waits for a slow reader, or for work, before it looks again.
 const IDLE: Duration = Duration::from_millis(2);
 
 /// A step that takes longer than this when the process ends is left behind.
 const REST: Duration = Duration::from_secs(5);
+/// What a client whom the queue has no room for is told to wait, at least and at most.
+const RETRY: std::ops::RangeInclusive<f64> = 0.05..=30.0;
 
 /// A request that has been validated: it fits the model.
 #[derive(Clone, Debug)]
@@ -50,6 +54,19 @@ pub struct Request {
     /// Whether the reader wants [`Event::Step`].
     pub steps: bool,
     pub deadline: Option<Instant>,
+    /// Higher goes first where requests wait.
+    pub priority: i32,
+}
+
+impl Request {
+    /// Tokens that it takes in the engine: canvas and cache, twice under guidance.
+    pub fn tokens(&self) -> usize {
+        let length = self.canvas.sequence().len();
+        match &self.method {
+            Method::Diffusion(parameters) => length * (1 + usize::from(parameters.cfg_scale != 0.0)),
+            Method::Autoregressive(parameters) => length + parameters.drafts.map_or(1, |_| autoregressive::NODES_MAX),
+        }
+    }
 }
 
 /// How a request is decoded.
@@ -134,15 +151,25 @@ pub enum Failure {
     DeadlineExceeded,
     #[error("the server is stopping")]
     Stopping,
+    #[error("the device's memory did not suffice: ask for fewer tokens, or try again later")]
+    OutOfMemory,
     #[error("the request failed; the server's log has its id")]
     Internal,
 }
 
 /// Why a request was not taken.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Error, PartialEq)]
 pub enum Refused {
-    #[error("the queue is full ({0} requests wait): try again later")]
-    QueueFull(usize),
+    #[error("the queue is full ({waiting} requests wait): try again later")]
+    QueueFull {
+        waiting: usize,
+        /// When a place may be free.
+        retry: Duration,
+    },
+    #[error("the queue is full ({tokens} tokens wait): try again later")]
+    TokensFull { tokens: usize, retry: Duration },
+    #[error("the request needs room for {needed} tokens, and the server has room for {budget} in all: ask for fewer")]
+    TooLarge { needed: usize, budget: usize },
     #[error("the server is stopping and takes no further requests")]
     Stopping,
 }
@@ -154,43 +181,84 @@ pub struct Limits {
     pub resident: usize,
     /// Requests that wait.
     pub queued: usize,
+    /// Tokens of the residents, canvas and cache; unset, what fits the memory that is free when the engine starts.
+    pub tokens: Option<usize>,
+    /// Tokens of the requests that wait; unset, four times those of the residents.
+    pub queued_tokens: Option<usize>,
+    /// Tokens whose keys are kept for later requests that begin alike, out of the residents' room; unset, a quarter of it.
+    pub prefix_tokens: Option<usize>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { resident: 16, queued: 64, tokens: None, queued_tokens: None, prefix_tokens: None }
+    }
+}
+
+impl Limits {
+    /// For one request at a time.
+    pub fn one() -> Self {
+        Self { resident: 1, queued: 1, prefix_tokens: Some(0), ..Self::default() }
+    }
 }
 
 type Reply = mpsc::Sender<Result<Event, Failure>>;
 
 struct Job {
+    id: Id,
     request: Request,
     reply: Reply,
     submitted: Instant,
 }
 
+/// What the engine is doing, and what it has done since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Load {
+    pub waiting: usize,
+    pub residents: usize,
+    /// Tokens of the residents, and the most there may be.
+    pub tokens: usize,
+    pub tokens_max: usize,
+    /// Tokens kept for requests that begin alike.
+    pub prefix_tokens: usize,
+    /// Rounds, and the steps taken in them.
+    pub rounds: u64,
+    pub steps: u64,
+    /// Time in rounds, and the share of it that went into deciding who runs rather than running.
+    pub working: Duration,
+    pub scheduling: Duration,
+    /// Steps that were never told by themselves, because their readers did not keep up.
+    pub coalesced: u64,
+}
+
 /// Shared between the handle and the thread.
-#[derive(Default)]
 struct State {
     /// Take no new requests; those that are in run on.
     draining: AtomicBool,
     /// End everything now.
     stopping: AtomicBool,
-    /// Requests queued or resident.
-    active: AtomicUsize,
-    /// Requests queued.
-    waiting: AtomicUsize,
-    drafted: Mutex<Drafted>,
+    book: Mutex<Book>,
+}
+
+struct Book {
+    scheduler: Scheduler,
+    load: Load,
+    drafted: Drafted,
+    /// How long a resident stays, smoothed; seconds.
+    stay: f64,
 }
 
 impl State {
-    /// A request is over, finished or not.
-    fn end(&self) {
-        self.active.fetch_sub(1, Ordering::AcqRel);
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A handle to the engine thread.
 #[derive(Clone)]
 pub struct Engine {
-    queue: mpsc::Sender<Job>,
+    queue: mpsc::UnboundedSender<Job>,
     state: Arc<State>,
-    limits: Limits,
 }
 
 impl Engine {
@@ -198,37 +266,38 @@ impl Engine {
     pub fn start(model: Transformer, drafters: Drafters, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
         // This thread has probably loaded the model; from here on another one computes.
         crate::tensor::kernels::release_threads();
-        let (queue, jobs) = mpsc::channel(limits.queued.max(1));
-        let state = Arc::new(State::default());
-        let worker = Worker {
-            model,
-            drafters,
-            tokenizer,
-            jobs,
-            state: state.clone(),
-            waiting: VecDeque::new(),
-            residents: Vec::new(),
-            limits,
+        let tokens = limits.tokens.unwrap_or_else(|| memory::room(&model));
+        let bounds = Bounds {
+            resident: limits.resident,
+            tokens,
+            queued: limits.queued,
+            queued_tokens: limits.queued_tokens.unwrap_or(tokens.saturating_mul(4)),
         };
+        let book = Book {
+            scheduler: Scheduler::new(bounds),
+            load: Load { tokens_max: tokens, ..Load::default() },
+            drafted: Drafted::default(),
+            stay: 0.0,
+        };
+        let state =
+            Arc::new(State { draining: AtomicBool::new(false), stopping: AtomicBool::new(false), book: Mutex::new(book) });
+        // The scheduler bounds what is in it.
+        let (queue, jobs) = mpsc::unbounded_channel();
+        let worker = Worker::new(model, drafters, tokenizer, jobs, state.clone(), limits.prefix_tokens.unwrap_or(tokens / 4));
         std::thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
-        Ok(Self { queue, state, limits })
+        Ok(Self { queue, state })
     }
 
     /// Hands a request over; its events come through the receiver. Dropping the receiver cancels the request.
     pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Result<Event, Failure>>, Refused> {
+        let mut book = self.state.book();
         if self.state.draining.load(Ordering::Acquire) {
             return Err(Refused::Stopping);
         }
-        let room = |waiting| (waiting < self.limits.queued.max(1)).then_some(waiting + 1);
-        if self.state.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).is_err() {
-            return Err(Refused::QueueFull(self.limits.queued));
-        }
+        let id = book.scheduler.submit(request.tokens(), request.priority).map_err(|refusal| book.refused(refusal))?;
         let (reply, events) = mpsc::channel(EVENTS_MAX);
-        self.state.active.fetch_add(1, Ordering::AcqRel);
-        // The count above keeps the channel from ever being full, so a failure means that the thread is gone.
-        self.queue.try_send(Job { request, reply, submitted: Instant::now() }).map_err(|_| {
-            self.state.waiting.fetch_sub(1, Ordering::AcqRel);
-            self.state.end();
+        self.queue.send(Job { id, request, reply, submitted: Instant::now() }).map_err(|_| {
+            book.scheduler.leave(id);
             Refused::Stopping
         })?;
         Ok(events)
@@ -236,12 +305,23 @@ impl Engine {
 
     /// What drafts have come to so far.
     pub fn drafted(&self) -> Drafted {
-        self.state.drafted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.state.book().drafted.clone()
     }
 
-    /// Requests queued or resident.
+    pub fn load(&self) -> Load {
+        let book = self.state.book();
+        let scheduler = &book.scheduler;
+        Load { waiting: scheduler.waiting(), residents: scheduler.residents(), tokens: scheduler.tokens(), ..book.load }
+    }
+
+    /// What may be in the engine at one time.
+    pub fn bounds(&self) -> Bounds {
+        self.state.book().scheduler.bounds()
+    }
+
+    /// Requests that wait, are decoded, or have not been read to the end.
     pub fn active(&self) -> usize {
-        self.state.active.load(Ordering::Acquire)
+        self.state.book().scheduler.active()
     }
 
     /// Takes no further requests; those that are in run to their end.
@@ -267,193 +347,17 @@ impl Engine {
     }
 }
 
-struct Resident {
-    id: String,
-    sequence: Sequence,
-    residence: Residence,
-    drafter: Option<DrafterKind>,
-    reply: Reply,
-    steps: bool,
-    deadline: Option<Instant>,
-}
-
-/// What a resident does in a round.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    Step,
-    /// Its reader has no room; it sits this round out.
-    Wait,
-    Leave,
-}
-
-/// Gives a resident's reader what its step came to; true when that was the last.
-fn deliver(resident: &mut Resident, result: Result<Vec<Event>, StepError>) -> bool {
-    match result {
-        Ok(events) => {
-            let steps = resident.steps;
-            send(resident, events.into_iter().filter(|event| steps || !matches!(event, Event::Step(_))).map(Ok));
-            resident.sequence.finish_reason().is_some()
+impl Book {
+    fn refused(&self, refusal: Refusal) -> Refused {
+        // A place is free when one of the residents leaves, and those before in the queue have theirs.
+        let residents = self.scheduler.residents().max(1) as f64;
+        let seconds = self.stay / residents * (self.scheduler.waiting() + 1) as f64;
+        let retry = Duration::from_secs_f64(seconds.clamp(*RETRY.start(), *RETRY.end()));
+        match refusal {
+            Refusal::Requests(waiting) => Refused::QueueFull { waiting, retry },
+            Refusal::Tokens(tokens) => Refused::TokensFull { tokens, retry },
+            Refusal::TooLarge { needed, budget } => Refused::TooLarge { needed, budget },
         }
-        Err(reason) => {
-            error!(request = resident.id, %reason, "a step failed");
-            send(resident, [Err(Failure::Internal)]);
-            true
-        }
-    }
-}
-
-struct Worker {
-    model: Transformer,
-    drafters: Drafters,
-    tokenizer: Arc<Tokenizer>,
-    jobs: mpsc::Receiver<Job>,
-    state: Arc<State>,
-    /// In the order of arrival; [`State::waiting`] bounds it.
-    waiting: VecDeque<Job>,
-    residents: Vec<Resident>,
-    limits: Limits,
-}
-
-impl Worker {
-    /// Rounds until every handle is gone.
-    fn run(mut self) {
-        while self.admit() {
-            let mut residents = std::mem::take(&mut self.residents);
-            let turns: Vec<Turn> = residents.iter().map(|resident| self.turn(resident)).collect();
-            let mut members: Vec<_> = residents.iter_mut().zip(&turns).filter(|(_, turn)| **turn == Turn::Step).collect();
-            let mut asked: Vec<Member> = members
-                .iter_mut()
-                .map(|(resident, _)| Member { sequence: &mut resident.sequence, residence: &mut resident.residence })
-                .collect();
-            let results = runner::round(&self.model, &self.drafters, &mut asked, &self.tokenizer);
-            let stepped = !results.is_empty();
-            let mut results = results.into_iter();
-            for (mut resident, turn) in residents.into_iter().zip(turns) {
-                let done = match turn {
-                    Turn::Step => results.next().is_none_or(|result| deliver(&mut resident, result)),
-                    Turn::Wait => false,
-                    Turn::Leave => true,
-                };
-                if done {
-                    self.learn(&resident);
-                    self.state.end();
-                } else {
-                    self.residents.push(resident);
-                }
-            }
-            if !stepped && !self.residents.is_empty() {
-                std::thread::sleep(IDLE);
-            }
-        }
-    }
-
-    /// Fills free places from the queue; sleeps when there is nothing to do. False when no request can come any more.
-    fn admit(&mut self) -> bool {
-        if self.residents.is_empty() && self.waiting.is_empty() {
-            match self.jobs.blocking_recv() {
-                Some(job) => self.waiting.push_back(job),
-                None => return false,
-            }
-        }
-        while let Ok(job) = self.jobs.try_recv() {
-            self.waiting.push_back(job);
-        }
-        self.forget_the_departed();
-        while self.residents.len() < self.limits.resident.max(1)
-            && let Some(job) = self.waiting.pop_front()
-        {
-            self.state.waiting.fetch_sub(1, Ordering::AcqRel);
-            self.take(job);
-        }
-        true
-    }
-
-    /// Requests whose client has left or whose time is over give up their places in the queue.
-    fn forget_the_departed(&mut self) {
-        let state = &self.state;
-        self.waiting.retain(|job| match ended(state, &job.reply, job.request.deadline) {
-            None => true,
-            Some(failure) => {
-                let _ = job.reply.try_send(Err(failure));
-                state.waiting.fetch_sub(1, Ordering::AcqRel);
-                state.end();
-                false
-            }
-        });
-    }
-
-    /// Gives a request its place, and its reader what there is before the first step.
-    fn take(&mut self, job: Job) {
-        let Job { request, reply, submitted } = job;
-        let Request { id, canvas, method, stops, steps, deadline } = request;
-        let begun = guarded(|| {
-            let (ends, drafts, logprobs) = (method.ends().to_vec(), method.drafts(), method.sampling().alternatives > 0);
-            let decoder: Box<dyn Decoder> = match method {
-                Method::Diffusion(parameters) => Box::new(Diffusion::new(parameters, canvas, self.model.config().attention)),
-                Method::Autoregressive(parameters) => {
-                    let adaptation = match drafts.filter(|drafts| drafts.adapt) {
-                        Some(drafts) => self.drafters.adaptation(drafts.drafter, &self.model)?,
-                        None => None,
-                    };
-                    Box::new(Autoregressive::new(parameters, canvas, adaptation))
-                }
-            };
-            let mut sequence = Sequence::new(decoder, ends, stops, submitted.elapsed());
-            if logprobs {
-                sequence = sequence.with_logprobs();
-            }
-            let residence = Residence::new(&self.model, &sequence)?;
-            let events = sequence.begin(&self.tokenizer).map_err(StepError::Text)?;
-            Ok((sequence, residence, drafts.map(|drafts| drafts.drafter), events))
-        });
-        match begun {
-            Ok((sequence, residence, drafter, events)) => {
-                let resident = Resident { id, sequence, residence, drafter, reply, steps, deadline };
-                send(&resident, events.into_iter().map(Ok));
-                if resident.sequence.finish_reason().is_none() {
-                    self.residents.push(resident);
-                    return;
-                }
-            }
-            Err(reason) => {
-                error!(request = id, %reason, "a request could not begin");
-                let _ = reply.try_send(Err(Failure::Internal));
-            }
-        }
-        self.state.end();
-    }
-
-    /// Whether a resident takes part in this round.
-    fn turn(&self, resident: &Resident) -> Turn {
-        if let Some(failure) = ended(&self.state, &resident.reply, resident.deadline) {
-            debug!(request = resident.id, %failure, "ended early");
-            send(resident, [Err(failure)]);
-            return Turn::Leave;
-        }
-        // A step makes at most three events. Only this thread sends, so room that is there now stays.
-        if resident.reply.capacity() < 4 { Turn::Wait } else { Turn::Step }
-    }
-
-    /// What a sequence saw of its drafter is where the next one begins.
-    fn learn(&mut self, resident: &Resident) {
-        if let Some(found) = resident.sequence.decoder().speculation() {
-            let mut drafted = self.state.drafted.lock().unwrap_or_else(PoisonError::into_inner);
-            drafted.add(found, resident.sequence.usage());
-        }
-        if let (Some(kind), Some(seen)) = (resident.drafter, resident.sequence.decoder().adaptation()) {
-            self.drafters.learn(kind, seen);
-        }
-    }
-}
-
-/// Why a request must end before it is complete, if it must.
-fn ended(state: &State, reply: &Reply, deadline: Option<Instant>) -> Option<Failure> {
-    if reply.is_closed() {
-        Some(Failure::Cancelled)
-    } else if state.stopping.load(Ordering::Acquire) {
-        Some(Failure::Stopping)
-    } else {
-        deadline.is_some_and(|deadline| Instant::now() >= deadline).then_some(Failure::DeadlineExceeded)
     }
 }
 
@@ -466,13 +370,4 @@ pub enum StepError {
     Text(String),
     #[error("it panicked")]
     Panic,
-}
-
-/// Room was checked before the step, so a failed send means that the reader has gone; the next turn sees that.
-fn send(resident: &Resident, events: impl IntoIterator<Item = Result<Event, Failure>>) {
-    for event in events {
-        if resident.reply.try_send(event).is_err() {
-            return;
-        }
-    }
 }

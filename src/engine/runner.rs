@@ -233,10 +233,11 @@ fn wanted(model: &Transformer, window: &Window, length: usize) -> Result<Vec<usi
     }
 }
 
-/// A sequence and what it keeps on the device.
+/// A sequence, what it keeps on the device, and the window that it asks for.
 pub struct Member<'a> {
     pub sequence: &'a mut Sequence,
     pub residence: &'a mut Residence,
+    pub window: Window,
 }
 
 /// One step of every sequence: windows run together where they can, what each makes of its own, caches brought in line, the next
@@ -244,49 +245,35 @@ pub struct Member<'a> {
 pub fn round(
     model: &Transformer,
     drafters: &Drafters,
-    members: &mut [Member],
+    members: Vec<Member>,
     tokenizer: &Tokenizer,
 ) -> Vec<Result<Vec<Event>, StepError>> {
-    let windows: Vec<_> = members.iter().map(|member| guarded(|| Ok(member.sequence.window()))).collect();
-    let asks: Vec<(usize, Ask)> = windows
-        .iter()
-        .enumerate()
-        .filter_map(|(index, window)| window.as_ref().ok()?.as_ref().map(|window| (index, window)))
-        .map(|(index, window)| (index, Ask { window, residence: &*members[index].residence }))
-        .collect();
-    let mut outcomes: Vec<Option<Result<Outcome, StepError>>> = windows.iter().map(|_| None).collect();
+    let asks: Vec<Ask> = members.iter().map(|member| Ask { window: &member.window, residence: &*member.residence }).collect();
+    let mut outcomes: Vec<Result<Outcome, StepError>> = Vec::with_capacity(asks.len());
     for forward in forwards(model, &asks) {
-        let together: Vec<Ask> = asks[forward.clone()].iter().map(|(_, ask)| *ask).collect();
-        let alone = |ask: &Ask| guarded(|| Ok(run(model, ask.window, ask.residence)?));
-        let found = match guarded(|| Ok(run_all(model, &together)?)) {
-            Ok(found) => found.into_iter().map(|outcome| outcome.map_err(StepError::from)).collect(),
-            Err(reason) if together.len() == 1 => vec![Err(reason)],
+        let together = &asks[forward];
+        match guarded(|| Ok(run_all(model, together)?)) {
+            Ok(found) => outcomes.extend(found.into_iter().map(|outcome| outcome.map_err(StepError::from))),
+            Err(reason) if together.len() == 1 => outcomes.push(Err(reason)),
             // Somebody's window breaks the forward: each for itself shows whose. What was written to caches is written again.
-            Err(_) => together.iter().map(alone).collect::<Vec<_>>(),
-        };
-        for ((index, _), outcome) in asks[forward].iter().zip(found) {
-            outcomes[*index] = Some(outcome);
+            Err(_) => outcomes.extend(together.iter().map(|ask| guarded(|| Ok(run(model, ask.window, ask.residence)?)))),
         }
     }
-    drop(asks);
-    let each = members.iter_mut().zip(windows).zip(outcomes);
-    each.map(|((member, window), outcome)| match (window?, outcome) {
-        (Some(window), Some(outcome)) => {
-            let outcome = outcome?;
-            guarded(|| finish(model, drafters, member, &window, &outcome, tokenizer))
-        }
-        _ => Ok(vec![]),
+    let each = members.into_iter().zip(outcomes);
+    each.map(|(member, outcome)| {
+        let outcome = outcome?;
+        guarded(|| finish(model, drafters, member, &outcome, tokenizer))
     })
     .collect()
 }
 
 /// Which of the asks run together: in order, as many as [`ROWS_MAX`] allows, and by itself whatever wants to be.
-fn forwards(model: &Transformer, asks: &[(usize, Ask)]) -> Vec<Range<usize>> {
+fn forwards(model: &Transformer, asks: &[Ask]) -> Vec<Range<usize>> {
     let alone = |ask: &Ask| ask.window.alone && !model.rows_are_independent();
     let mut forwards: Vec<Range<usize>> = vec![];
     let mut rows = 0;
-    for (index, (_, ask)) in asks.iter().enumerate() {
-        let joins = index > 0 && !alone(ask) && !alone(&asks[index - 1].1) && rows + ask.rows() <= ROWS_MAX;
+    for (index, ask) in asks.iter().enumerate() {
+        let joins = index > 0 && !alone(ask) && !alone(&asks[index - 1]) && rows + ask.rows() <= ROWS_MAX;
         match forwards.last_mut() {
             Some(forward) if joins => forward.end = index + 1,
             _ => {
@@ -307,19 +294,19 @@ pub fn step(
     residence: &mut Residence,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Event>, StepError> {
-    round(model, drafters, &mut [Member { sequence, residence }], tokenizer).pop().unwrap_or(Ok(vec![]))
+    let Some(window) = sequence.window() else { return Ok(vec![]) };
+    round(model, drafters, vec![Member { sequence, residence, window }], tokenizer).pop().unwrap_or(Ok(vec![]))
 }
 
 /// What a sequence makes of its window.
 fn finish(
     model: &Transformer,
     drafters: &Drafters,
-    member: &mut Member,
-    window: &Window,
+    member: Member,
     outcome: &Outcome,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Event>, StepError> {
-    let Member { sequence, residence } = member;
+    let Member { sequence, residence, window } = member;
     let mut events = sequence.advance(outcome, window.purpose, tokenizer).map_err(StepError::Text)?;
     let aside = settle(model, drafters, sequence, residence, outcome)?;
     sequence.account(outcome, aside);

@@ -53,6 +53,12 @@ impl Sequence {
         self.decoder.cache_room()
     }
 
+    /// Begins with so many tokens in the cache.
+    pub fn resume(&mut self, cached: usize) {
+        self.usage.reused_tokens = cached;
+        self.decoder.resume(cached);
+    }
+
     /// Tokens of the last window that the cache keeps.
     pub fn kept(&self) -> &[usize] {
         self.decoder.kept()

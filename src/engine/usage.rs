@@ -12,6 +12,8 @@ use crate::decode::autoregressive::Speculation;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Usage {
     pub prompt_tokens: usize,
+    /// Of the prompt (and fixed text behind it), what another request had computed before.
+    pub reused_tokens: usize,
     /// Tokens given out that the model chose: neither fixed text nor end-of-text nor what lies behind it.
     pub generated_tokens: usize,
     pub forwards: Forwards,

@@ -175,6 +175,7 @@ fn one(
         stops: vec![],
         steps: true,
         deadline: None,
+        priority: 0,
     };
     let request = validate(info, asked)?;
     let Method::Autoregressive(parameters) = request.method else {

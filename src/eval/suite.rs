@@ -113,6 +113,7 @@ fn generate(model: &ModelInfo, engine: &Engine, options: &Options, prompt: &str)
             stops: vec![],
             steps: false,
             deadline: None,
+            priority: 0,
         },
     )?;
     let mut events = engine.submit(request)?;
@@ -129,6 +130,6 @@ fn generate(model: &ModelInfo, engine: &Engine, options: &Options, prompt: &str)
 
 /// Starts an engine for one request at a time, as evaluation wants it.
 pub fn engine(model: &ModelInfo, network: crate::model::Transformer, drafters: Drafters) -> Result<Engine> {
-    let limits = crate::engine::Limits { resident: 1, queued: 1 };
+    let limits = crate::engine::Limits::one();
     Engine::start(network, drafters, Arc::clone(&model.tokenizer), limits).context("cannot start the engine's thread")
 }

@@ -2,7 +2,7 @@
 //!
 //! Room is taken once, for the longest that the sequence may become. A forward writes behind what is kept and then says how much
 //! of it stays: all (prefill, a plain step), or one path of a tree of candidates ([`KvCache::keep`]). The cache knows nothing of
-//! tokens; [`super::Transformer::extend`] is its one writer.
+//! tokens; [`super::Transformer::forward`] is its one writer.
 
 use super::ModelError;
 use crate::checkpoint::config::ModelConfig;
@@ -84,6 +84,22 @@ impl KvCache {
             self.data.f_narrow(3, start, path.len() as i64)?.f_copy_(&kept)?;
         }
         self.length += path.len();
+        Ok(())
+    }
+
+    /// A copy of `count` positions from `start` on, `[layers, 2, kv_heads, count, head_dim]`.
+    pub fn slice(&self, start: usize, count: usize) -> Result<Tensor, ModelError> {
+        Ok(self.data.f_narrow(3, start as i64, count as i64)?.f_detach_copy()?)
+    }
+
+    /// Takes over what [`KvCache::slice`] gave, behind what is kept.
+    pub fn append(&mut self, data: &Tensor) -> Result<(), ModelError> {
+        let count = data.size().get(3).copied().unwrap_or(0);
+        if self.length + count as usize > self.capacity() {
+            return Err(ModelError::CacheFull { needed: self.length + count as usize, capacity: self.capacity() });
+        }
+        self.data.f_narrow(3, self.length as i64, count)?.f_copy_(data)?;
+        self.length += count as usize;
         Ok(())
     }
 

@@ -33,6 +33,8 @@ pub enum ModelError {
     TokenOutOfRange { id: i64, vocab_size: usize },
     #[error("the model produced logits that are not finite")]
     NotFinite,
+    #[error("the device has no memory left: {0}")]
+    OutOfMemory(String),
     #[error("libtorch: {0}")]
     Torch(String),
 }
@@ -41,7 +43,10 @@ impl From<TchError> for ModelError {
     /// libtorch appends its C++ stack to every message; its first line says what went wrong.
     fn from(error: TchError) -> Self {
         let text = error.to_string();
-        Self::Torch(text.lines().next().unwrap_or_default().trim_start_matches("Internal torch error: ").into())
+        let line = text.lines().next().unwrap_or_default().trim_start_matches("Internal torch error: ");
+        // What the allocators of CUDA and of the CPU say.
+        let memory = ["out of memory", "can't allocate memory", "not enough memory"].iter().any(|words| text.contains(words));
+        if memory { Self::OutOfMemory(line.into()) } else { Self::Torch(line.into()) }
     }
 }
 

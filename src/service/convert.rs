@@ -13,8 +13,8 @@ use crate::checkpoint::chat::Message;
 use crate::decode::autoregressive::DrafterKind;
 use crate::decode::diffusion::select::Order;
 use crate::engine::request::{
-    AutoregressiveOptions, DiffusionOptions, DrafterChoice, GenerateOptions, MethodKind, ModelInfo, Prompt, SamplingOptions,
-    Schedule, TemplatePiece,
+    AutoregressiveOptions, DiffusionOptions, DrafterChoice, GenerateOptions, MethodKind, ModelInfo, PRIORITY_MAX, Prompt,
+    SamplingOptions, Schedule, TemplatePiece,
 };
 
 const REQUEST_ID_MAX: usize = 128;
@@ -79,6 +79,7 @@ pub fn options(model: &ModelInfo, request: GenerateRequest, id: String, deadline
         stops: stopping.stop,
         steps: request.step_events.unwrap_or(true),
         deadline: Some(deadline),
+        priority: request.priority.unwrap_or(0),
     })
 }
 
@@ -100,6 +101,7 @@ pub fn warm_up(drafter: Option<DrafterKind>, deadline: Instant) -> GenerateOptio
         stops: vec![],
         steps: false,
         deadline: Some(deadline),
+        priority: PRIORITY_MAX,
     }
 }
 

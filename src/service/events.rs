@@ -107,6 +107,7 @@ impl Translator {
         };
         proto::Usage {
             prompt_tokens: usage.prompt_tokens as u64,
+            reused_tokens: usage.reused_tokens as u64,
             generated_tokens: usage.generated_tokens as u64,
             forwards: Some(forwards),
             steps: usage.steps as u64,

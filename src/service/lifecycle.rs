@@ -103,7 +103,7 @@ async fn submit(model: &Served, request: Request) -> Result<Receiver<Result<Even
     loop {
         match model.engine.submit(request.clone()) {
             Ok(events) => return Ok(events),
-            Err(Refused::QueueFull(_)) => tokio::time::sleep(WARM_RETRY).await,
+            Err(Refused::QueueFull { .. } | Refused::TokensFull { .. }) => tokio::time::sleep(WARM_RETRY).await,
             Err(refused) => return Err(refused.to_string()),
         }
     }

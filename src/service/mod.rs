@@ -25,8 +25,8 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tracing::info;
 
+use crate::engine::Engine;
 use crate::engine::request::ModelInfo;
-use crate::engine::{Engine, Limits};
 use boundary::Boundary;
 use models::Registry;
 use proto::generation_server::GenerationServer;
@@ -58,8 +58,6 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Served {
     pub info: Arc<ModelInfo>,
     pub engine: Engine,
-    /// Those that the engine was started with, to be told to clients.
-    pub limits: Limits,
 }
 
 /// How to serve.

@@ -13,7 +13,7 @@ use crate::engine::request::{
     AutoregressiveOptions, CFG_SCALE_MAX, DiffusionOptions, DrafterChoice, LOGIT_BIAS_MAX, LOGPROBS_MAX, MethodKind,
     PIECES_MAX, PROMPT_BYTES_MAX, STEPS_MAX, STOP_BYTES_MAX, STOPS_MAX, TEMPERATURE_MAX, unsupported,
 };
-use crate::engine::{Drafted, Engine};
+use crate::engine::{Drafted, Engine, Load};
 
 /// The served models; there is at least one.
 pub struct Registry {
@@ -82,7 +82,7 @@ impl proto::models_server::Models for ModelsService {
 }
 
 fn describe(model: &Served) -> proto::Model {
-    let info = &model.info;
+    let (info, bounds) = (&model.info, model.engine.bounds());
     let (config, generation) = (&info.config, &info.generation);
     let parameters = config.parameters() as u64;
     let can = |method| unsupported(info, method).is_none();
@@ -131,8 +131,26 @@ fn describe(model: &Served) -> proto::Model {
             super::events::speculation(&speculation, drafting, verifying, committing)
         }),
         drafters: info.drafters.iter().filter(|_| autoregressive).map(drafter).collect(),
-        resident_max: model.limits.resident as u64,
-        queued_max: model.limits.queued as u64,
+        resident_max: bounds.resident as u64,
+        queued_max: bounds.queued as u64,
+        resident_tokens_max: bounds.tokens as u64,
+        queued_tokens_max: bounds.queued_tokens as u64,
+        load: Some(load(model.engine.load())),
+        threads: tch::get_num_threads().max(0) as u32,
+    }
+}
+
+fn load(load: Load) -> proto::Load {
+    proto::Load {
+        waiting: load.waiting as u64,
+        resident: load.residents as u64,
+        resident_tokens: load.tokens as u64,
+        prefix_tokens: load.prefix_tokens as u64,
+        rounds: load.rounds,
+        steps: load.steps,
+        working_seconds: load.working.as_secs_f64(),
+        scheduling_seconds: load.scheduling.as_secs_f64(),
+        coalesced_steps: load.coalesced,
     }
 }
 

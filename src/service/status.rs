@@ -13,7 +13,7 @@ use crate::engine::{Failure, Refused};
 
 /// Bytes of the longest message: it travels in a header, and may quote the client.
 const MESSAGE_BYTES_MAX: usize = 1024;
-/// When to try a full queue again: about the time that a short text takes.
+/// When to try a server that stops again: another one may have taken its place.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// A field's value cannot be taken. `field` is its path in the request.
@@ -41,11 +41,15 @@ pub fn unknown_model(name: &str, known: &str) -> Status {
 }
 
 pub fn refused(refused: &Refused) -> Status {
-    let code = match refused {
-        Refused::QueueFull(_) => Code::ResourceExhausted,
-        Refused::Stopping => Code::Unavailable,
+    let (code, details) = match refused {
+        Refused::QueueFull { retry, .. } | Refused::TokensFull { retry, .. } => {
+            (Code::ResourceExhausted, ErrorDetails::with_retry_info(Some(*retry)))
+        }
+        // Trying again would not help.
+        Refused::TooLarge { .. } => (Code::ResourceExhausted, ErrorDetails::new()),
+        Refused::Stopping => (Code::Unavailable, ErrorDetails::with_retry_info(Some(RETRY))),
     };
-    status(code, refused.to_string(), ErrorDetails::with_retry_info(Some(RETRY)))
+    status(code, refused.to_string(), details)
 }
 
 /// A request that was taken ended without finishing.
@@ -54,6 +58,11 @@ pub fn failure(failure: &Failure, request: &str) -> Status {
         Failure::Cancelled => status(Code::Cancelled, failure.to_string(), ErrorDetails::new()),
         Failure::DeadlineExceeded => deadline_exceeded(),
         Failure::Stopping => status(Code::Unavailable, failure.to_string(), ErrorDetails::with_retry_info(Some(RETRY))),
+        Failure::OutOfMemory => {
+            let mut details = ErrorDetails::with_retry_info(Some(RETRY));
+            details.set_request_info(request, "");
+            status(Code::ResourceExhausted, failure.to_string(), details)
+        }
         Failure::Internal => internal(request),
     }
 }

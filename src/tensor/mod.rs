@@ -4,10 +4,12 @@
 //! models.
 
 pub mod kernels;
+mod memory;
 
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub use memory::free_memory;
 pub use tch::{Device, Kind, TchError, Tensor};
 
 /// Floating-point type of weights and activations.

@@ -24,7 +24,7 @@ use tonic::Code;
 
 use crate::harness::{TestServer, assert_refused, engine, generate, request, serve_models};
 
-const LIMITS: Limits = Limits { resident: 4, queued: 16 };
+const LIMITS: Limits = Limits { resident: 4, queued: 16, tokens: None, queued_tokens: None, prefix_tokens: None };
 const TASK: &str = "# Return the sum of the numbers in xs that are greater than 7.\ndef solve(xs):\n";
 
 /// The model that decodes from left to right, with heads that nobody has trained beside the lookup.
@@ -48,12 +48,12 @@ fn causal() -> Served {
     drafters.add(DrafterKind::Redrafter, Box::new(Beams(head)));
     let info = ModelInfo::new(checkpoint, network.context(), Placement::CPU_F32, drafters.infos());
     let engine = Engine::start(network, drafters, info.tokenizer.clone(), LIMITS).expect("the engine starts");
-    Served { info: Arc::new(info), engine, limits: LIMITS }
+    Served { info: Arc::new(info), engine }
 }
 
 async fn server() -> TestServer {
     let (info, engine) = engine(LIMITS);
-    serve_models(vec![Served { info, engine, limits: LIMITS }, causal()], ServeOptions::default()).await
+    serve_models(vec![Served { info, engine }, causal()], ServeOptions::default()).await
 }
 
 fn with(change: impl FnOnce(&mut Autoregressive)) -> GenerateRequest {

@@ -51,11 +51,11 @@ async fn started_tells_a_seed_that_the_server_drew() {
 /// Two engines are two threads, and libtorch has one generator of random numbers for both.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_seed_repeats_a_text_beside_another_model() {
-    let limits = Limits { resident: 4, queued: 16 };
+    let limits = Limits { resident: 4, queued: 16, ..Limits::default() };
     let served = ["first", "second"].map(|name| {
         let (info, engine) = engine(limits);
         let info = ModelInfo { name: name.into(), ..info.as_ref().clone() };
-        Served { info: Arc::new(info), engine, limits }
+        Served { info: Arc::new(info), engine }
     });
     let server = serve_models(served.into(), ServeOptions::default()).await;
     let mut client = server.client().await;

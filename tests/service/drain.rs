@@ -13,7 +13,7 @@ use tonic_health::pb::health_client::HealthClient;
 
 use crate::harness::{PATIENCE, collect, engine, generate, long, serve_engine, server, start, started};
 
-const LIMITS: Limits = Limits { resident: 1, queued: 4 };
+const LIMITS: Limits = Limits { resident: 1, queued: 4, tokens: None, queued_tokens: None, prefix_tokens: None };
 
 fn everything() -> HealthCheckRequest {
     HealthCheckRequest { service: String::new() }
@@ -113,9 +113,10 @@ async fn health_waits_for_the_warm_up() {
         stops: vec![],
         steps: true,
         deadline: None,
+        priority: 0,
     };
     let events = engine.submit(validate(&info, options).expect("it is valid")).expect("there is room");
-    let server = serve_engine(info, engine, LIMITS, ServeOptions::default()).await;
+    let server = serve_engine(info, engine, ServeOptions::default()).await;
     let mut health = HealthClient::new(server.channel().await);
     for service in ["", "lacuna.v1.Generation", "lacuna.v1.Models", "lacuna.v1.Tokenization"] {
         let asked = HealthCheckRequest { service: service.into() };

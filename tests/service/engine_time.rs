@@ -33,7 +33,7 @@ async fn a_deadline_ends_the_work() {
 /// The engine looks at waiting requests between rounds only: the stream has to end by itself where a round is long.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_ends_the_wait_in_the_queue() {
-    let server = start(Limits { resident: 1, queued: 4 }, ServeOptions::default()).await;
+    let server = start(Limits { resident: 1, queued: 4, ..Limits::default() }, ServeOptions::default()).await;
     server.serving().await;
     let mut client = server.client().await;
     let mut first = client.generate(long(200)).await.expect("it begins").into_inner();
@@ -47,7 +47,7 @@ async fn a_deadline_ends_the_wait_in_the_queue() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_server_bounds_a_request_without_a_deadline() {
     let options = ServeOptions { request_time_max: Duration::from_millis(300), ..ServeOptions::default() };
-    let server = start(Limits { resident: 1, queued: 4 }, options).await;
+    let server = start(Limits { resident: 1, queued: 4, ..Limits::default() }, options).await;
     server.serving().await;
     let stream = server.client().await.generate(long(200)).await.expect("it begins").into_inner();
     let status = collect(stream).await.expect_err("300 ms are not enough");
@@ -75,7 +75,7 @@ async fn dropping_the_stream_frees_the_engine() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_does_not_read_loses_its_place_at_the_deadline() {
-    let server = start(Limits { resident: 1, queued: 4 }, ServeOptions::default()).await;
+    let server = start(Limits { resident: 1, queued: 4, ..Limits::default() }, ServeOptions::default()).await;
     server.serving().await;
     // Room for a few events only, so that the server soon has to hold its own back.
     let channel = server.endpoint().initial_stream_window_size(2048).connect().await.expect("the server listens");

@@ -41,12 +41,12 @@ pub struct TestServer {
 
 /// A server with room for every test.
 pub async fn server() -> TestServer {
-    start(Limits { resident: 4, queued: 16 }, ServeOptions::default()).await
+    start(Limits { resident: 4, queued: 16, ..Limits::default() }, ServeOptions::default()).await
 }
 
 pub async fn start(limits: Limits, options: ServeOptions) -> TestServer {
     let (info, engine) = engine(limits);
-    serve_engine(info, engine, limits, options).await
+    serve_engine(info, engine, options).await
 }
 
 /// The model that ships.
@@ -63,8 +63,8 @@ pub fn engine(limits: Limits) -> (Arc<ModelInfo>, Engine) {
     (info, engine)
 }
 
-pub async fn serve_engine(info: Arc<ModelInfo>, engine: Engine, limits: Limits, options: ServeOptions) -> TestServer {
-    let served = Served { info, engine, limits };
+pub async fn serve_engine(info: Arc<ModelInfo>, engine: Engine, options: ServeOptions) -> TestServer {
+    let served = Served { info, engine };
     serve_models(vec![served], options).await
 }
 

@@ -9,7 +9,7 @@ use crate::harness::{assert_refused, collect, generate, long, start, started};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_exhausts() {
-    let server = start(Limits { resident: 1, queued: 1 }, ServeOptions::default()).await;
+    let server = start(Limits { resident: 1, queued: 1, ..Limits::default() }, ServeOptions::default()).await;
     server.serving().await;
     let mut client = server.client().await;
     let mut first = client.generate(long(200)).await.expect("it gets its place").into_inner();

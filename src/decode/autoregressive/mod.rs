@@ -331,6 +331,15 @@ impl Decoder for Autoregressive {
         self.canvas.sequence().len() + self.nodes_max()
     }
 
+    fn resumable(&self) -> bool {
+        true
+    }
+
+    fn resume(&mut self, cached: usize) {
+        debug_assert!(self.step == 0 && cached < self.known(), "something has to say what comes first");
+        self.cached = cached;
+    }
+
     fn kept(&self) -> &[usize] {
         &self.kept
     }

@@ -37,6 +37,7 @@ pub const TEMPERATURE_MIN: f64 = 1e-4;
 pub const TEMPERATURE_MAX: f64 = 10.0;
 pub const CFG_SCALE_MAX: f64 = 100.0;
 pub const LOGPROBS_MAX: u32 = 20;
+pub const PRIORITY_MAX: i32 = 10;
 
 /// A loaded model as requests see it.
 #[derive(Clone)]
@@ -119,6 +120,8 @@ pub struct GenerateOptions {
     pub stops: Vec<String>,
     pub steps: bool,
     pub deadline: Option<Instant>,
+    /// Higher goes first where requests wait, from -[`PRIORITY_MAX`] to [`PRIORITY_MAX`].
+    pub priority: i32,
 }
 
 /// What is wrong with a request.
@@ -151,6 +154,7 @@ pub fn check_defaults(model: &ModelInfo) -> Result<(), String> {
         stops: vec![],
         steps: false,
         deadline: None,
+        priority: 0,
     };
     match validate(model, options) {
         Err(Invalid::Field { field, reason }) => Err(format!("generation_config.json: {field}: {reason}")),
@@ -212,7 +216,11 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
             Method::Autoregressive(autoregressive::parameters(model, &options, prompt.len() + fixed, &pieces)?)
         }
     };
-    Ok(Request { id: options.id, canvas, method, stops: options.stops, steps: options.steps, deadline: options.deadline })
+    if options.priority.abs() > PRIORITY_MAX {
+        return invalid("priority", format!("{} is not from -{PRIORITY_MAX} to {PRIORITY_MAX}", options.priority));
+    }
+    let GenerateOptions { id, stops, steps, deadline, priority, .. } = options;
+    Ok(Request { id, canvas, method, stops, steps, deadline, priority })
 }
 
 /// Whether `model` can do it, and whether only its own settings are given.

@@ -1,0 +1,228 @@
+//! Keys and values of beginnings that have been seen before, in blocks of tokens: a system prompt is computed once.
+//!
+//! A tree of blocks, each reached by its tokens from the block before it, so that what is found is exactly what was asked for. A
+//! sequence copies what it finds and goes on from there. Under pressure the block goes that was used longest ago; one that others
+//! stand on does not go before them. The store knows nothing of sequences or requests.
+
+use std::collections::HashMap;
+
+use crate::model::ModelError;
+use crate::model::cache::KvCache;
+use crate::tensor::Tensor;
+
+/// Tokens of a block, or a multiple of it: fewer would cost more to look up than to compute.
+const BLOCK: usize = 16;
+
+type Node = u64;
+/// Before the first token.
+const ROOT: Node = 0;
+
+struct Block {
+    parent: Node,
+    tokens: Box<[u32]>,
+    /// `[layers, 2, kv_heads, block, head_dim]`.
+    data: Tensor,
+    used: u64,
+    children: usize,
+}
+
+/// The store.
+pub struct Prefixes {
+    /// Tokens of a block.
+    block: usize,
+    /// Tokens that it may hold.
+    room: usize,
+    blocks: HashMap<Node, Block>,
+    /// A block by the one before it and its tokens.
+    children: HashMap<(Node, Box<[u32]>), Node>,
+    next: Node,
+    clock: u64,
+}
+
+impl Prefixes {
+    /// Room for so many tokens. Blocks are aligned to `align` tokens: where attention goes by blocks, the model's own.
+    pub fn new(room: usize, align: usize) -> Self {
+        let block = BLOCK.div_ceil(align.max(1)) * align.max(1);
+        Self { block, room, blocks: HashMap::new(), children: HashMap::new(), next: ROOT + 1, clock: 0 }
+    }
+
+    /// Tokens held.
+    pub fn tokens(&self) -> usize {
+        self.blocks.len() * self.block
+    }
+
+    /// Fills the empty `cache` with what is known of the beginning of `tokens`; gives how many of them that is. The last token is
+    /// always left to compute, since something has to say what follows it.
+    pub fn load(&mut self, tokens: &[u32], cache: &mut KvCache) -> Result<usize, ModelError> {
+        self.clock += 1;
+        let (mut node, mut loaded) = (ROOT, 0);
+        for tokens in tokens[..tokens.len().saturating_sub(1)].chunks_exact(self.block) {
+            let Some(child) = self.children.get(&(node, tokens.into())) else { break };
+            let Some(block) = self.blocks.get_mut(child) else { break };
+            cache.append(&block.data)?;
+            block.used = self.clock;
+            (node, loaded) = (*child, loaded + self.block);
+        }
+        Ok(loaded)
+    }
+
+    /// Keeps what `cache` holds of `tokens`, in whole blocks.
+    pub fn store(&mut self, tokens: &[u32], cache: &KvCache) -> Result<(), ModelError> {
+        self.clock += 1;
+        let whole = tokens.len().min(cache.len()) / self.block;
+        let mut node = ROOT;
+        for (index, tokens) in tokens.chunks_exact(self.block).take(whole).enumerate() {
+            let key = (node, Box::from(tokens));
+            if let Some(child) = self.children.get(&key) {
+                node = *child;
+                self.touch(node);
+                continue;
+            }
+            if self.tokens() + self.block > self.room && !self.evict() {
+                return Ok(());
+            }
+            let data = cache.slice(index * self.block, self.block)?;
+            let child = self.next;
+            self.next += 1;
+            let block = Block { parent: node, tokens: key.1.clone(), data, used: self.clock, children: 0 };
+            self.blocks.insert(child, block);
+            self.children.insert(key, child);
+            if let Some(parent) = self.blocks.get_mut(&node) {
+                parent.children += 1;
+            }
+            node = child;
+        }
+        Ok(())
+    }
+
+    /// Gives up blocks until at most so many tokens are held.
+    pub fn shrink(&mut self, tokens: usize) {
+        // The clock moves on, so that nothing counts as in use.
+        self.clock += 1;
+        while self.tokens() > tokens && self.evict() {}
+    }
+
+    fn touch(&mut self, node: Node) {
+        if let Some(block) = self.blocks.get_mut(&node) {
+            block.used = self.clock;
+        }
+    }
+
+    /// Drops the block used longest ago among those that no other stands on; never one of the chain being stored now.
+    fn evict(&mut self) -> bool {
+        let free = self.blocks.iter().filter(|(_, block)| block.children == 0 && block.used < self.clock);
+        let Some(node) = free.min_by_key(|(node, block)| (block.used, **node)).map(|(node, _)| *node) else { return false };
+        let Some(block) = self.blocks.remove(&node) else { return false };
+        self.children.remove(&(block.parent, block.tokens));
+        if let Some(parent) = self.blocks.get_mut(&block.parent) {
+            parent.children -= 1;
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::config::ModelConfig;
+    use crate::tensor::{Kind, Placement};
+
+    fn config() -> ModelConfig {
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 8, "vocab_size": 100, "max_position_embeddings": 256,
+        });
+        ModelConfig::from_json(&json).unwrap()
+    }
+
+    fn empty() -> KvCache {
+        KvCache::new(&config(), Placement::CPU_F32, 128).unwrap()
+    }
+
+    /// A cache that holds, for each token, numbers that depend on it and all before it.
+    fn cache(tokens: &[u32]) -> KvCache {
+        let mut cache = empty();
+        let mut sum = 0.0;
+        for token in tokens {
+            sum = sum * 0.5 + f64::from(*token);
+            let one = Tensor::full([2, 2, 2, 1, 4], sum, (Kind::Float, tch::Device::Cpu));
+            cache.append(&one).unwrap();
+        }
+        cache
+    }
+
+    fn text(length: u32, salt: u32) -> Vec<u32> {
+        (0..length).map(|at| (at * 7 + salt * at + 3) % 100).collect()
+    }
+
+    /// Loads, checks that what came is right, and gives how much it was.
+    fn load(store: &mut Prefixes, tokens: &[u32]) -> usize {
+        let mut found = empty();
+        let loaded = store.load(tokens, &mut found).unwrap();
+        assert_eq!(found.len(), loaded);
+        if loaded > 0 {
+            assert_eq!(found.kept().unwrap(), cache(&tokens[..loaded]).kept().unwrap());
+        }
+        loaded
+    }
+
+    #[test]
+    fn what_two_texts_share_is_found_in_whole_blocks() {
+        let mut store = Prefixes::new(1000, 1);
+        let (a, mut b) = (text(70, 0), text(70, 0));
+        b[40] += 1;
+        assert_eq!(load(&mut store, &a), 0);
+        store.store(&a, &cache(&a)).unwrap();
+        assert_eq!(store.tokens(), 64);
+        assert_eq!((load(&mut store, &a), load(&mut store, &b), load(&mut store, &text(70, 1))), (64, 32, 0));
+        assert_eq!(load(&mut store, &a[..64]), 48, "the last token is left to compute");
+        store.store(&b, &cache(&b)).unwrap();
+        assert_eq!(store.tokens(), 96, "two blocks are shared");
+        assert_eq!((load(&mut store, &a), load(&mut store, &b)), (64, 64));
+        // The same tokens behind others are something else.
+        assert_eq!(load(&mut store, &[&b[16..32], &a[..40]].concat()), 0);
+    }
+
+    #[test]
+    fn a_cache_that_holds_less_than_the_text_gives_what_it_has() {
+        let mut store = Prefixes::new(1000, 1);
+        let tokens = text(70, 0);
+        store.store(&tokens, &cache(&tokens[..40])).unwrap();
+        assert_eq!((store.tokens(), load(&mut store, &tokens)), (32, 32));
+    }
+
+    #[test]
+    fn blocks_keep_the_models_alignment() {
+        for (align, block) in [(1, 16), (4, 16), (6, 18), (32, 32)] {
+            let mut store = Prefixes::new(1000, align);
+            store.store(&text(100, 0), &cache(&text(100, 0))).unwrap();
+            assert_eq!(store.tokens(), 100 / block * block, "{align}");
+        }
+    }
+
+    #[test]
+    fn the_longest_unused_goes_first_and_never_before_what_stands_on_it() {
+        let mut store = Prefixes::new(96, 1);
+        let texts: Vec<Vec<u32>> = (0..3).map(|salt| text(33, salt)).collect();
+        for tokens in &texts {
+            store.store(tokens, &cache(tokens)).unwrap();
+        }
+        assert_eq!((store.tokens(), load(&mut store, &texts[0])), (96, 32));
+        let new = text(50, 9);
+        store.store(&new, &cache(&new)).unwrap();
+        assert_eq!(store.tokens(), 96);
+        assert_eq!((load(&mut store, &new), load(&mut store, &texts[0])), (48, 32), "what was just used stays");
+        assert_eq!((load(&mut store, &texts[1]), load(&mut store, &texts[2])), (0, 16));
+        store.shrink(40);
+        assert_eq!(store.tokens(), 32);
+        store.shrink(0);
+        assert_eq!((store.tokens(), store.children.len()), (0, 0));
+        // One text that is longer than the room keeps its beginning.
+        let long = text(120, 0);
+        store.store(&long, &cache(&long)).unwrap();
+        assert_eq!((store.tokens(), load(&mut store, &long)), (96, 96));
+        let mut none = Prefixes::new(0, 1);
+        none.store(&long, &cache(&long)).unwrap();
+        assert_eq!(none.tokens(), 0);
+    }
+}

@@ -1,0 +1,364 @@
+//! The engine's thread: gives requests their places, runs rounds, and hands events out.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tracing::{debug, error};
+
+use super::outbox::Outbox;
+use super::prefix::Prefixes;
+use super::runner::{self, Member, Residence, guarded};
+use super::scheduler::{self, Id};
+use super::sequence::Sequence;
+use super::{Event, Failure, IDLE, Job, Method, Reply, Request, State, StepError};
+use crate::checkpoint::tokenizer::Tokenizer;
+use crate::decode::autoregressive::{Autoregressive, DrafterKind};
+use crate::decode::diffusion::Diffusion;
+use crate::decode::{Decoder, Purpose, Window};
+use crate::draft::Drafters;
+use crate::model::{ModelError, Transformer};
+
+/// Weight of the newest stay in the smoothed one.
+const SMOOTHING: f64 = 0.1;
+
+/// Whoever a request's events go to.
+struct Reader {
+    id: Id,
+    /// For the log.
+    name: String,
+    reply: Reply,
+    outbox: Outbox,
+    steps: bool,
+    deadline: Option<Instant>,
+}
+
+impl Reader {
+    fn take(&mut self, events: Vec<Event>) {
+        let steps = self.steps;
+        for event in events.into_iter().filter(|event| steps || !matches!(event, Event::Step(_))) {
+            self.outbox.push(event);
+            self.give();
+        }
+    }
+
+    /// Hands out what there is room for.
+    fn give(&mut self) {
+        while self.reply.capacity() > 0
+            && let Some(event) = self.outbox.pop()
+        {
+            // Only this thread sends, so a failed send means that the reader has gone; the next round sees that.
+            if self.reply.try_send(event).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        self.outbox.fail(failure);
+        self.give();
+    }
+
+    /// Why the request must end before it is complete, if it must.
+    fn ended(&self, state: &State) -> Option<Failure> {
+        ended(state, &self.reply, self.deadline)
+    }
+}
+
+fn ended(state: &State, reply: &Reply, deadline: Option<Instant>) -> Option<Failure> {
+    if reply.is_closed() {
+        Some(Failure::Cancelled)
+    } else if state.stopping.load(Ordering::Acquire) {
+        Some(Failure::Stopping)
+    } else {
+        deadline.is_some_and(|deadline| Instant::now() >= deadline).then_some(Failure::DeadlineExceeded)
+    }
+}
+
+struct Resident {
+    reader: Reader,
+    sequence: Sequence,
+    residence: Residence,
+    drafter: Option<DrafterKind>,
+    /// Whether what it has of its prompt is in the store.
+    stored: bool,
+    since: Instant,
+}
+
+pub(super) struct Worker {
+    model: Transformer,
+    drafters: Drafters,
+    tokenizer: Arc<Tokenizer>,
+    jobs: mpsc::UnboundedReceiver<Job>,
+    state: Arc<State>,
+    waiting: HashMap<Id, Job>,
+    /// In the order of admission.
+    residents: Vec<Resident>,
+    /// Those whose sequences are over, while something is left to read.
+    lingering: Vec<Reader>,
+    prefixes: Prefixes,
+}
+
+impl Worker {
+    pub fn new(
+        model: Transformer,
+        drafters: Drafters,
+        tokenizer: Arc<Tokenizer>,
+        jobs: mpsc::UnboundedReceiver<Job>,
+        state: Arc<State>,
+        prefix_tokens: usize,
+    ) -> Self {
+        let prefixes = Prefixes::new(prefix_tokens, 1);
+        let (waiting, residents, lingering) = (HashMap::new(), vec![], vec![]);
+        Self { model, drafters, tokenizer, jobs, state, waiting, residents, lingering, prefixes }
+    }
+
+    /// Rounds until every handle is gone.
+    pub fn run(mut self) {
+        while self.receive() {
+            let started = Instant::now();
+            self.let_go();
+            self.admit();
+            let (residents, windows) = self.choose();
+            let deciding = started.elapsed();
+            let stepped = self.round(residents, windows);
+            self.account(started, deciding, stepped);
+            if stepped == 0 && self.state.book().scheduler.active() > 0 {
+                std::thread::sleep(IDLE);
+            }
+        }
+    }
+
+    /// Takes in what has been submitted; sleeps when there is nothing to do. False when no request can come any more.
+    fn receive(&mut self) -> bool {
+        if self.residents.is_empty() && self.waiting.is_empty() && self.lingering.is_empty() {
+            match self.jobs.blocking_recv() {
+                Some(job) => drop(self.waiting.insert(job.id, job)),
+                None => return false,
+            }
+        }
+        while let Ok(job) = self.jobs.try_recv() {
+            self.waiting.insert(job.id, job);
+        }
+        true
+    }
+
+    /// Whoever's client has left, or whose time is over, gives up what it has, wherever it is.
+    fn let_go(&mut self) {
+        let state = &self.state;
+        self.waiting.retain(|id, job| match ended(state, &job.reply, job.request.deadline) {
+            None => true,
+            Some(failure) => {
+                let _ = job.reply.try_send(Err(failure));
+                state.book().scheduler.leave(*id);
+                false
+            }
+        });
+        self.lingering.retain_mut(|reader| {
+            reader.give();
+            let over = reader.outbox.is_empty() || reader.ended(state).is_some();
+            if over {
+                state.book().scheduler.leave(reader.id);
+            }
+            !over
+        });
+        let residents = std::mem::take(&mut self.residents);
+        for mut resident in residents {
+            match resident.reader.ended(&self.state) {
+                None => self.residents.push(resident),
+                Some(failure) => {
+                    debug!(request = resident.reader.name, %failure, "ended early");
+                    resident.reader.fail(failure);
+                    self.leave(resident);
+                }
+            }
+        }
+    }
+
+    /// Fills free places.
+    fn admit(&mut self) {
+        loop {
+            let Some(id) = self.state.book().scheduler.admit() else { return };
+            // Submitted, but still on its way here: it is taken in next.
+            while !self.waiting.contains_key(&id) {
+                match self.jobs.try_recv() {
+                    Ok(job) => drop(self.waiting.insert(job.id, job)),
+                    Err(_) => break,
+                }
+            }
+            match self.waiting.remove(&id) {
+                Some(job) => self.take(job),
+                None => drop(self.state.book().scheduler.leave(id)),
+            }
+        }
+    }
+
+    /// Gives a request its place, and its reader what there is before the first step.
+    fn take(&mut self, job: Job) {
+        let Job { id, request, reply, submitted } = job;
+        let Request { id: name, canvas, method, stops, steps, deadline, .. } = request;
+        let mut reader = Reader { id, name, reply, outbox: Outbox::default(), steps, deadline };
+        let book = self.state.book();
+        let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
+        drop(book);
+        self.prefixes.shrink(room);
+        let begun = guarded(|| {
+            let (ends, drafts, logprobs) = (method.ends().to_vec(), method.drafts(), method.sampling().alternatives > 0);
+            let decoder: Box<dyn Decoder> = match method {
+                Method::Diffusion(parameters) => Box::new(Diffusion::new(parameters, canvas, self.model.config().attention)),
+                Method::Autoregressive(parameters) => {
+                    let adaptation = match drafts.filter(|drafts| drafts.adapt) {
+                        Some(drafts) => self.drafters.adaptation(drafts.drafter, &self.model)?,
+                        None => None,
+                    };
+                    Box::new(Autoregressive::new(parameters, canvas, adaptation))
+                }
+            };
+            let mut sequence = Sequence::new(decoder, ends, stops, submitted.elapsed());
+            if logprobs {
+                sequence = sequence.with_logprobs();
+            }
+            let mut residence = Residence::new(&self.model, &sequence)?;
+            if let (true, Some(cache)) = (sequence.decoder().resumable(), &mut residence.cache) {
+                let known = self.prefixes.load(sequence.known(), cache)?;
+                sequence.resume(known);
+            }
+            let events = sequence.begin(&self.tokenizer).map_err(StepError::Text)?;
+            Ok((sequence, residence, drafts.map(|drafts| drafts.drafter), events))
+        });
+        match begun {
+            Ok((sequence, residence, drafter, events)) => {
+                reader.take(events);
+                let resident = Resident { reader, sequence, residence, drafter, stored: false, since: Instant::now() };
+                match resident.sequence.finish_reason() {
+                    None => self.residents.push(resident),
+                    Some(_) => self.leave(resident),
+                }
+            }
+            Err(reason) => {
+                error!(request = reader.name, %reason, "a request could not begin");
+                reader.fail(reason.failure());
+                self.linger(reader);
+            }
+        }
+    }
+
+    /// The residents, and the windows of those who run in this round.
+    fn choose(&mut self) -> (Vec<Resident>, Vec<Option<Result<Window, StepError>>>) {
+        let residents = std::mem::take(&mut self.residents);
+        let window = |resident: &Resident| guarded(|| Ok(resident.sequence.window())).transpose();
+        let mut windows: Vec<_> = residents.iter().map(window).collect();
+        let prefill = |window: &Option<Result<Window, StepError>>| match window {
+            Some(Ok(window)) if window.purpose == Purpose::Prefill => window.tokens.len(),
+            _ => 0,
+        };
+        let runs = scheduler::round(&windows.iter().map(prefill).collect::<Vec<_>>());
+        windows.iter_mut().zip(runs).filter(|(_, runs)| !runs).for_each(|(window, _)| *window = None);
+        (residents, windows)
+    }
+
+    /// One step of everybody who has a window; gives how many there were.
+    fn round(&mut self, mut residents: Vec<Resident>, windows: Vec<Option<Result<Window, StepError>>>) -> usize {
+        let mut members = vec![];
+        let mut results: Vec<Option<Result<Vec<Event>, StepError>>> = vec![];
+        for (resident, window) in residents.iter_mut().zip(windows) {
+            results.push(match window {
+                Some(Ok(window)) => {
+                    let Resident { sequence, residence, .. } = resident;
+                    members.push((results.len(), Member { sequence, residence, window }));
+                    None
+                }
+                Some(Err(reason)) => Some(Err(reason)),
+                None => Some(Ok(vec![])),
+            });
+        }
+        let (places, members): (Vec<usize>, Vec<Member>) = members.into_iter().unzip();
+        let stepped = places.len();
+        let stepping = runner::round(&self.model, &self.drafters, members, &self.tokenizer);
+        places.into_iter().zip(stepping).for_each(|(place, result)| results[place] = Some(result));
+        for (mut resident, result) in residents.into_iter().zip(results) {
+            match result.unwrap_or(Ok(vec![])) {
+                Ok(events) => {
+                    resident.reader.take(events);
+                    self.remember(&mut resident);
+                    match resident.sequence.finish_reason() {
+                        None => self.residents.push(resident),
+                        Some(_) => self.leave(resident),
+                    }
+                }
+                Err(reason) => {
+                    error!(request = resident.reader.name, %reason, "a step failed");
+                    resident.reader.fail(reason.failure());
+                    self.leave(resident);
+                }
+            }
+        }
+        stepped
+    }
+
+    /// Keeps the keys of a prompt for others, once they are all there, and those of the text behind it at its end.
+    fn remember(&mut self, resident: &mut Resident) {
+        let Some(cache) = resident.residence.cache.as_ref().filter(|_| resident.sequence.decoder().resumable()) else { return };
+        let prompt = !resident.stored && cache.len() + 1 >= resident.sequence.decoder().canvas().prompt_len();
+        if prompt || resident.sequence.finish_reason().is_some() {
+            resident.stored = true;
+            if let Err(reason) = self.prefixes.store(resident.sequence.known(), cache) {
+                // Nothing but time is lost.
+                debug!(request = resident.reader.name, %reason, "its keys could not be kept for others");
+            }
+        }
+    }
+
+    /// A sequence is over: its memory is free at once, and what it saw of its drafter is where the next one begins.
+    fn leave(&mut self, resident: Resident) {
+        let Resident { reader, sequence, drafter, since, .. } = resident;
+        let mut book = self.state.book();
+        let stay = since.elapsed().as_secs_f64();
+        book.stay = if book.stay == 0.0 { stay } else { book.stay + SMOOTHING * (stay - book.stay) };
+        if let Some(found) = sequence.decoder().speculation() {
+            book.drafted.add(found, sequence.usage());
+        }
+        drop(book);
+        if let (Some(kind), Some(seen)) = (drafter, sequence.decoder().adaptation()) {
+            self.drafters.learn(kind, seen);
+        }
+        self.linger(reader);
+    }
+
+    /// Keeps a reader until it has everything.
+    fn linger(&mut self, reader: Reader) {
+        let mut book = self.state.book();
+        book.load.coalesced += reader.outbox.coalesced() as u64;
+        if reader.outbox.is_empty() || reader.reply.is_closed() {
+            book.scheduler.leave(reader.id);
+        } else {
+            book.scheduler.linger(reader.id);
+            drop(book);
+            self.lingering.push(reader);
+        }
+    }
+
+    fn account(&mut self, started: Instant, deciding: Duration, stepped: usize) {
+        let mut book = self.state.book();
+        let load = &mut book.load;
+        load.prefix_tokens = self.prefixes.tokens();
+        if stepped > 0 {
+            load.rounds += 1;
+            load.steps += stepped as u64;
+            load.scheduling += deciding;
+            load.working += started.elapsed();
+        }
+    }
+}
+
+impl StepError {
+    /// What the client is told.
+    fn failure(&self) -> Failure {
+        match self {
+            Self::Model(ModelError::OutOfMemory(_)) => Failure::OutOfMemory,
+            _ => Failure::Internal,
+        }
+    }
+}
