@@ -10,8 +10,9 @@ use std::ops::Range;
 
 use tch::TchError;
 
+use super::lanes::{LANES, Lanes, Stored, dot, exp, fold};
 use super::pointwise::normalise;
-use super::{Kernel, LANES, Lanes, Stored, dot, exp, fold, launch, plain};
+use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Largest size of a head.

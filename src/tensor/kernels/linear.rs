@@ -1,18 +1,14 @@
-//! Products of few rows with a large matrix, at the speed of memory: what a decoding step consists of. Every row of the matrix is
-//! read once and meets all rows of the input while it is in a register.
-
-use std::ffi::c_void;
-use std::sync::LazyLock;
+//! Products with a weight matrix, for any number of rows: what a forward mostly consists of.
 
 use tch::TchError;
 
-use super::{Kernel, LANES, Lanes, ROWS_MAX, Stored, fold, launch, plain};
+use super::lanes::Stored;
+use super::product::{PAIRED, Product};
+use super::{launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Products of fewer multiplications are not worth other threads.
 const PARALLEL_FROM: usize = 32 * 1024;
-/// Rows of the matrix, and rows of the input, that are in registers together.
-const BLOCK: usize = 4;
 
 /// `x · weightᵀ + bias` for `x: [..., inputs]` and `weight: [outputs, inputs]`, or `None` where libtorch should do it.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>, TchError> {
@@ -21,7 +17,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Opti
     let kind = weight.kind();
     if *last != inputs
         || inputs == 0
-        || x.numel() > ROWS_MAX * inputs as usize
+        || x.numel() == 0
         || x.kind() != kind
         || x.requires_grad()
         || x.device() != weight.device()
@@ -33,7 +29,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Opti
     let rows = x.numel() / inputs as usize;
     let half = kind == Kind::BFloat16;
     let paired = half && *PAIRED;
-    // The input is small and read over and over; in f32 nothing is left to do for each row of the matrix.
+    // The input is read over and over; in f32 nothing is left to do for each row of the matrix.
     let input = if paired { x.f_contiguous()? } else { x.f_to_kind(Kind::Float)?.f_contiguous()? };
     let out = Tensor::f_empty(&shape, (kind, tch::Device::Cpu))?;
     let product = Product {
@@ -47,7 +43,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Opti
         paired,
     };
     // SAFETY: the three tensors are contiguous, of the sizes and types that the product says, and outlive the call.
-    unsafe { launch(&product, product.inputs * product.outputs >= PARALLEL_FROM) };
+    unsafe { launch(&product, rows * product.inputs * product.outputs >= PARALLEL_FROM) };
     match bias {
         Some(bias) => Ok(Some(out.f_add(bias)?)),
         None => Ok(Some(out)),
@@ -105,197 +101,6 @@ pub fn row(matrix: &Tensor, index: usize, out: &mut [f32]) -> Option<()> {
     Some(())
 }
 
-/// One product, as plain memory.
-struct Product {
-    /// `[rows, inputs]` in f32, or in bf16 where it is `paired`.
-    input: *const c_void,
-    /// `[outputs, inputs]` in f32 or bf16.
-    weight: *const c_void,
-    /// `[rows, outputs]` in the weight's type.
-    out: *mut c_void,
-    rows: usize,
-    inputs: usize,
-    outputs: usize,
-    half: bool,
-    /// Products of two bf16 numbers at a time.
-    paired: bool,
-}
-
-/// Whether the CPU multiplies pairs of bf16 numbers (AVX-512 BF16).
-static PAIRED: LazyLock<bool> = LazyLock::new(|| {
-    #[cfg(target_arch = "x86_64")]
-    let paired = std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    let paired = false;
-    paired
-});
-
-impl Kernel for Product {
-    #[inline(always)]
-    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
-        let blocks = self.outputs.div_ceil(BLOCK);
-        let (from, to) = (blocks * thread / threads * BLOCK, (blocks * (thread + 1) / threads * BLOCK).min(self.outputs));
-        unsafe {
-            #[cfg(target_arch = "x86_64")]
-            if self.paired {
-                return pairs(self, from, to);
-            }
-            if self.half {
-                typed::<V, u16>(self, self.weight.cast(), self.out.cast(), from, to);
-            } else {
-                typed::<V, f32>(self, self.weight.cast(), self.out.cast(), from, to);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn typed<V: Lanes, T: Stored>(product: &Product, weight: *const T, out: *mut T, from: usize, to: usize) {
-    let mut first = from;
-    while first < to {
-        unsafe {
-            match to - first {
-                1 => inputs::<V, T, 1>(product, weight, out, first),
-                2 => inputs::<V, T, 2>(product, weight, out, first),
-                3 => inputs::<V, T, 3>(product, weight, out, first),
-                _ => inputs::<V, T, BLOCK>(product, weight, out, first),
-            }
-        }
-        first += BLOCK;
-    }
-}
-
-#[inline(always)]
-unsafe fn inputs<V: Lanes, T: Stored, const N: usize>(product: &Product, weight: *const T, out: *mut T, first: usize) {
-    let mut row = 0;
-    while row < product.rows {
-        unsafe {
-            match product.rows - row {
-                1 => block::<V, T, N, 1>(product, weight, out, first, row),
-                2 => block::<V, T, N, 2>(product, weight, out, first, row),
-                3 => block::<V, T, N, 3>(product, weight, out, first, row),
-                _ => block::<V, T, N, BLOCK>(product, weight, out, first, row),
-            }
-        }
-        row += BLOCK;
-    }
-}
-
-/// `N` rows of the matrix with `M` rows of the input. Every sum runs over the lanes in the same order whatever `N` and `M` are.
-#[inline(always)]
-unsafe fn block<V: Lanes, T: Stored, const N: usize, const M: usize>(
-    product: &Product,
-    weight: *const T,
-    out: *mut T,
-    first: usize,
-    row: usize,
-) {
-    let length = product.inputs;
-    let whole = length / LANES * LANES;
-    unsafe {
-        let (weight, input) = (weight.add(first * length), product.input.cast::<f32>().add(row * length));
-        let mut sums = [[V::zero(); M]; N];
-        let mut at = 0;
-        while at < whole {
-            let x: [V; M] = std::array::from_fn(|m| V::load(input.add(m * length + at)));
-            for (n, sums) in sums.iter_mut().enumerate() {
-                let w: V = T::load(weight.add(n * length + at));
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum = w.multiply_add(x, *sum);
-                }
-            }
-            at += LANES;
-        }
-        for (n, sums) in sums.iter().enumerate() {
-            for (m, sum) in sums.iter().enumerate() {
-                let mut total = sum.total();
-                for at in whole..length {
-                    total = (*weight.add(n * length + at)).widen().mul_add(*input.add(m * length + at), total);
-                }
-                *out.add((row + m) * product.outputs + first + n) = T::narrow(total);
-            }
-        }
-    }
-}
-
-/// [`typed`] for bf16 in the CPU's own terms: 32 products an instruction, summed in f32.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn pairs(product: &Product, from: usize, to: usize) {
-    let (weight, out) = (product.weight.cast::<u16>(), product.out.cast::<u16>());
-    let mut first = from;
-    while first < to {
-        let mut row = 0;
-        while row < product.rows {
-            // SAFETY: rows and outputs are within the product.
-            unsafe {
-                match (to - first, product.rows - row) {
-                    (BLOCK.., 1) => pair_block::<BLOCK, 1>(product, weight, out, first, row),
-                    (BLOCK.., 2) => pair_block::<BLOCK, 2>(product, weight, out, first, row),
-                    (BLOCK.., 3) => pair_block::<BLOCK, 3>(product, weight, out, first, row),
-                    (BLOCK.., _) => pair_block::<BLOCK, BLOCK>(product, weight, out, first, row),
-                    (left, right) => {
-                        for first in first..first + left {
-                            for row in row..row + right.min(BLOCK) {
-                                pair_block::<1, 1>(product, weight, out, first, row);
-                            }
-                        }
-                    }
-                }
-            }
-            row += BLOCK;
-        }
-        first += BLOCK;
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn pair_block<const N: usize, const M: usize>(
-    product: &Product,
-    weight: *const u16,
-    out: *mut u16,
-    first: usize,
-    row: usize,
-) {
-    use std::arch::x86_64::*;
-    const PAIRS: usize = 2 * LANES;
-    let length = product.inputs;
-    let whole = length / PAIRS * PAIRS;
-    // SAFETY: as for `block`; the two kinds of vector have the same bits.
-    unsafe {
-        let (weight, input) = (weight.add(first * length), product.input.cast::<u16>().add(row * length));
-        let load = |from: *const u16| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast()));
-        let mut sums = [[_mm512_setzero_ps(); M]; N];
-        let mut at = 0;
-        while at < whole {
-            let mut x = [load(input.add(at)); M];
-            for (m, x) in x.iter_mut().enumerate().skip(1) {
-                *x = load(input.add(m * length + at));
-            }
-            for (n, sums) in sums.iter_mut().enumerate() {
-                let w = load(weight.add(n * length + at));
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum = _mm512_dpbf16_ps(*sum, w, x);
-                }
-            }
-            at += PAIRS;
-        }
-        for (n, sums) in sums.iter().enumerate() {
-            for (m, sum) in sums.iter().enumerate() {
-                let mut lanes = [0f32; LANES];
-                _mm512_storeu_ps(lanes.as_mut_ptr(), *sum);
-                let mut total = fold(lanes);
-                for at in whole..length {
-                    total = (*weight.add(n * length + at)).widen().mul_add((*input.add(m * length + at)).widen(), total);
-                }
-                *out.add((row + m) * product.outputs + first + n) = Stored::narrow(total);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -306,9 +111,10 @@ mod tests {
     }
 
     #[test]
-    fn products_are_libtorchs_within_rounding() {
+    fn products_are_exact_within_rounding() {
         for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-2)] {
-            for (rows, inputs, outputs) in [(1, 64, 10), (3, 17, 5), (4, 576, 131), (7, 256, 944), (32, 100, 33)] {
+            let shapes = [(1, 64, 10), (3, 17, 5), (4, 576, 131), (7, 256, 944), (32, 100, 33), (90, 1536, 35), (301, 40, 70)];
+            for (rows, inputs, outputs) in shapes {
                 let (x, weight) = (random(&[rows, inputs], kind), random(&[outputs, inputs], kind));
                 let bias = random(&[outputs], kind);
                 let ours = linear(&x, &weight, Some(&bias)).unwrap().unwrap().to_kind(Kind::Double);
@@ -319,14 +125,33 @@ mod tests {
         }
     }
 
+    /// Long rows go in pieces, many rows in tiles, and both by threads: none of it may show.
     #[test]
     fn a_row_does_not_depend_on_those_beside_it() {
         for kind in [Kind::Float, Kind::BFloat16] {
-            let (x, weight) = (random(&[13, 200], kind), random(&[301, 200], kind));
-            let together = linear(&x, &weight, None).unwrap().unwrap();
-            for row in 0..13 {
-                let alone = linear(&x.narrow(0, row, 1), &weight, None).unwrap().unwrap();
-                assert!(together.narrow(0, row, 1).equal(&alone), "{kind:?} row {row}");
+            for (inputs, outputs) in [(200, 301), (1536, 48)] {
+                let (x, weight) = (random(&[300, inputs], kind), random(&[outputs, inputs], kind));
+                let alone: Vec<Tensor> =
+                    (0..300).map(|row| linear(&x.narrow(0, row, 1), &weight, None).unwrap().unwrap()).collect();
+                for (threads, rows) in [(1, 300), (2, 300), (3, 299), (2, 87), (5, 13), (1, 6), (2, 5), (1, 3), (2, 2)] {
+                    crate::tensor::set_threads(threads);
+                    let first = (300 - rows) / 2;
+                    let together = linear(&x.narrow(0, first, rows), &weight, None).unwrap().unwrap();
+                    let expected = Tensor::cat(&alone[first as usize..(first + rows) as usize], 0);
+                    assert!(together.equal(&expected), "{kind:?}: {rows} rows of {inputs} on {threads} threads");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_output_does_not_depend_on_those_beside_it() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let (x, weight) = (random(&[9, 96], kind), random(&[37, 96], kind));
+            let all = linear(&x, &weight, None).unwrap().unwrap();
+            for (first, count) in [(0, 1), (3, 17), (20, 16), (36, 1)] {
+                let some = linear(&x, &weight.narrow(0, first, count), None).unwrap().unwrap();
+                assert!(all.narrow(1, first, count).equal(&some), "{kind:?}: {count} from {first} on");
             }
         }
     }
@@ -334,10 +159,12 @@ mod tests {
     #[test]
     fn what_is_no_plain_case_is_left_alone() {
         let weight = random(&[8, 16], Kind::Float);
-        assert!(linear(&random(&[33, 16], Kind::Float), &weight, None).unwrap().is_none(), "many rows");
+        assert!(linear(&random(&[0, 16], Kind::Float), &weight, None).unwrap().is_none(), "no rows");
         assert!(linear(&random(&[1, 16], Kind::BFloat16), &weight, None).unwrap().is_none(), "mixed types");
         let learning = random(&[8, 16], Kind::Float).set_requires_grad(true);
         assert!(linear(&random(&[1, 16], Kind::Float), &learning, None).unwrap().is_none(), "gradients");
+        let learning = random(&[1, 16], Kind::Float).set_requires_grad(true);
+        assert!(linear(&learning, &weight, None).unwrap().is_none(), "gradients of the input");
         assert!(linear(&random(&[1, 15], Kind::Float), &weight, None).unwrap().is_none(), "sizes that do not fit");
     }
 }

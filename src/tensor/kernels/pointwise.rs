@@ -1,10 +1,12 @@
-//! The small operations between a step's products, each in one pass: RMSNorm and the gated unit.
+//! The small operations between a forward's products, each in one pass: RMSNorm and the gated unit.
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use tch::TchError;
 
-use super::{Kernel, Lanes, ROWS_MAX, Stored, exp, launch, plain};
+use super::lanes::{LANES, Lanes, Stored, exp};
+use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Fewer results are not worth other threads.
@@ -13,7 +15,7 @@ const PARALLEL_FROM: usize = 4096;
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in f32; or `None` where libtorch should do it.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Option<Tensor>, TchError> {
     let width = weight.numel();
-    if width == 0 || x.numel() > ROWS_MAX * width || x.kind() != weight.kind() || !plain(x) || !plain(weight) {
+    if width == 0 || x.kind() != weight.kind() || !plain(x) || !plain(weight) {
         return Ok(None);
     }
     let out = Tensor::f_empty(x.size(), (x.kind(), tch::Device::Cpu))?;
@@ -27,7 +29,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Option<Tensor>,
         half: x.kind() == Kind::BFloat16,
     };
     // SAFETY: contiguous tensors of these sizes and types, which outlive the call.
-    unsafe { launch(&norm, false) };
+    unsafe { launch(&norm, norm.rows > 1 && x.numel() >= PARALLEL_FROM) };
     Ok(Some(out))
 }
 
@@ -36,7 +38,7 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Option<Tensor>, TchError> {
     let mut shape = gate_up.size();
     let Some(last) = shape.last_mut() else { return Ok(None) };
     let width = (*last / 2) as usize;
-    if width == 0 || gate_up.numel() > ROWS_MAX * 2 * width || !plain(gate_up) {
+    if width == 0 || !plain(gate_up) {
         return Ok(None);
     }
     *last = width as i64;
@@ -60,15 +62,16 @@ struct Norm {
 
 impl Kernel for Norm {
     #[inline(always)]
-    unsafe fn share<V: Lanes>(&self, _thread: usize, _threads: usize) {
-        unsafe { if self.half { self.run::<V, u16>() } else { self.run::<V, f32>() } }
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+        let rows = self.rows * thread / threads..self.rows * (thread + 1) / threads;
+        unsafe { if self.half { self.run::<V, u16>(rows) } else { self.run::<V, f32>(rows) } }
     }
 }
 
 impl Norm {
     #[inline(always)]
-    unsafe fn run<V: Lanes, T: Stored>(&self) {
-        for row in 0..self.rows {
+    unsafe fn run<V: Lanes, T: Stored>(&self, rows: Range<usize>) {
+        for row in rows {
             unsafe {
                 let x = std::slice::from_raw_parts(self.x.cast::<T>().add(row * self.width), self.width);
                 let weight = std::slice::from_raw_parts(self.weight.cast::<T>(), self.width);
@@ -83,12 +86,12 @@ impl Norm {
 #[inline(always)]
 pub(super) unsafe fn normalise<V: Lanes, T: Stored>(x: &[T], weight: &[T], eps: f32, mut put: impl FnMut(usize, f32)) {
     let mut sum = unsafe { V::zero() };
-    let whole = x.len() / super::LANES * super::LANES;
+    let whole = x.len() / LANES * LANES;
     let mut at = 0;
     while at < whole {
         let lanes: V = unsafe { T::load(x.as_ptr().add(at)) };
         sum = unsafe { lanes.multiply_add(lanes, sum) };
-        at += super::LANES;
+        at += LANES;
     }
     let mut total = unsafe { sum.total() };
     for value in &x[whole..] {
@@ -118,7 +121,7 @@ impl Kernel for Gated {
 
 impl Gated {
     #[inline(always)]
-    unsafe fn run<T: Stored>(&self, rows: std::ops::Range<usize>) {
+    unsafe fn run<T: Stored>(&self, rows: Range<usize>) {
         for row in rows {
             unsafe {
                 let gate = std::slice::from_raw_parts(self.x.cast::<T>().add(2 * row * self.width), self.width);

@@ -4,7 +4,8 @@ use std::ffi::c_void;
 
 use tch::TchError;
 
-use super::{Kernel, LANES, Lanes, ROWS_MAX, Stored, exp, fold, launch, plain};
+use super::lanes::{LANES, Lanes, Stored, exp, fold};
+use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Fewer numbers are not worth other threads.
@@ -17,7 +18,7 @@ const PARALLEL_FROM: usize = 1 << 15;
 pub fn best(logits: &Tensor, forbidden: &[u32], biases: &[(u32, f32)]) -> Result<Option<Vec<(u32, f64)>>, TchError> {
     let (rows, vocab) = logits.size2()?;
     let (rows, vocab) = (rows as usize, vocab as usize);
-    if rows == 0 || rows > ROWS_MAX || vocab == 0 || !plain(logits) {
+    if rows == 0 || vocab == 0 || !plain(logits) {
         return Ok(None);
     }
     let mut found = vec![(0, f64::NAN); rows];

@@ -1,0 +1,330 @@
+//! What the kernels compute in: sixteen running sums at a time, on whatever vectors the CPU has, and the types that weights are
+//! stored in.
+
+/// Lanes of a running sum: a vector register of AVX-512 in f32.
+pub const LANES: usize = 16;
+
+/// [`LANES`] running sums. Every kind computes the same numbers, fused multiply-adds lane by lane.
+///
+/// # Safety
+/// The CPU must have the kind's instructions, and pointers lead to as many elements.
+pub trait Lanes: Copy {
+    unsafe fn zero() -> Self;
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn load_bf16(from: *const u16) -> Self;
+    unsafe fn multiply_add(self, by: Self, sum: Self) -> Self;
+    unsafe fn store(self) -> [f32; LANES];
+
+    /// Sum of the lanes, halves onto halves.
+    #[inline(always)]
+    unsafe fn total(self) -> f32 {
+        fold(unsafe { self.store() })
+    }
+
+    /// [`Lanes::total`] of each, to the bit.
+    #[inline(always)]
+    unsafe fn totals(sums: [Self; LANES]) -> [f32; LANES] {
+        sums.map(|sum| unsafe { sum.total() })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{LANES, Lanes};
+
+    impl Lanes for __m512 {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { _mm512_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> Self {
+            unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())))) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(self, by: Self, sum: Self) -> Self {
+            unsafe { _mm512_fmadd_ps(self, by, sum) }
+        }
+
+        #[inline(always)]
+        unsafe fn total(self) -> f32 {
+            unsafe { _mm512_reduce_add_ps(self) }
+        }
+
+        /// Two vectors become one at every step, of which each keeps half the lanes: 45 instructions instead of 16 times 7.
+        #[inline(always)]
+        unsafe fn totals(sums: [Self; LANES]) -> [f32; LANES] {
+            unsafe {
+                let mut fours = [sums[0]; 4];
+                for (i, four) in fours.iter_mut().enumerate() {
+                    *four = quarters(halves(sums[i], sums[i + 4]), halves(sums[i + 8], sums[i + 12]));
+                }
+                ones(pairs(fours[0], fours[1]), pairs(fours[2], fours[3])).store()
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self) -> [f32; LANES] {
+            let mut lanes = [0.0; LANES];
+            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), self) };
+            lanes
+        }
+    }
+
+    // Steps of `totals`: the lanes of `a`, and then those of `b`, onto half of them.
+
+    #[inline(always)]
+    unsafe fn halves(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b)) }
+    }
+
+    #[inline(always)]
+    unsafe fn quarters(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b)) }
+    }
+
+    #[inline(always)]
+    unsafe fn pairs(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(a, b), _mm512_shuffle_ps::<0b11_10_11_10>(a, b)) }
+    }
+
+    #[inline(always)]
+    unsafe fn ones(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b)) }
+    }
+
+    impl Lanes for [__m256; 2] {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { [_mm256_setzero_ps(); 2] }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { [_mm256_set1_ps(value); 2] }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> Self {
+            let widen = |from: *const u16| unsafe {
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))))
+            };
+            unsafe { [widen(from), widen(from.add(8))] }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(self, by: Self, sum: Self) -> Self {
+            unsafe { [_mm256_fmadd_ps(self[0], by[0], sum[0]), _mm256_fmadd_ps(self[1], by[1], sum[1])] }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self) -> [f32; LANES] {
+            let mut lanes = [0.0; LANES];
+            unsafe {
+                _mm256_storeu_ps(lanes.as_mut_ptr(), self[0]);
+                _mm256_storeu_ps(lanes.as_mut_ptr().add(8), self[1]);
+            }
+            lanes
+        }
+    }
+}
+
+/// For CPUs whose vectors the compiler finds by itself.
+impl Lanes for [f32; LANES] {
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        [0.0; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        unsafe { from.cast::<Self>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        unsafe { from.cast::<[u16; LANES]>().read_unaligned() }.map(Stored::widen)
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(self, by: Self, sum: Self) -> Self {
+        std::array::from_fn(|lane| self[lane].mul_add(by[lane], sum[lane]))
+    }
+
+    #[inline(always)]
+    unsafe fn store(self) -> [f32; LANES] {
+        self
+    }
+}
+
+/// A type that weights are stored in.
+pub trait Stored: Copy {
+    const ZERO: Self;
+
+    unsafe fn load<V: Lanes>(from: *const Self) -> V;
+    fn widen(self) -> f32;
+    fn narrow(value: f32) -> Self;
+}
+
+impl Stored for f32 {
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(from: *const Self) -> V {
+        unsafe { V::load(from) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+/// bf16 is the upper half of an f32.
+impl Stored for u16 {
+    const ZERO: Self = 0;
+
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(from: *const Self) -> V {
+        unsafe { V::load_bf16(from) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self) << 16)
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        // To the nearest, ties to even; without a branch, so that a loop over it becomes vectors.
+        let bits = value.to_bits();
+        let rounded = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+        let quiet = (bits >> 16) as u16 | 0x40;
+        if value.is_nan() { quiet } else { rounded }
+    }
+}
+
+/// The scalar product of `length` numbers: whole vectors lane by lane, then the rest one by one.
+#[inline(always)]
+pub unsafe fn dot<V: Lanes, T: Stored>(stored: *const T, with: *const f32, length: usize) -> f32 {
+    let whole = length / LANES * LANES;
+    unsafe {
+        let mut sum = V::zero();
+        let mut at = 0;
+        while at < whole {
+            sum = T::load::<V>(stored.add(at)).multiply_add(V::load(with.add(at)), sum);
+            at += LANES;
+        }
+        let mut total = sum.total();
+        for at in whole..length {
+            total = (*stored.add(at)).widen().mul_add(*with.add(at), total);
+        }
+        total
+    }
+}
+
+/// Sum of the lanes, halves onto halves.
+#[inline(always)]
+pub fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The exponential, to about two units in the last place; written so that a loop over it becomes vectors (the range reduction and
+/// polynomial of Cephes' `expf`).
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    // ln 2 in two parts, the first short enough for the product to be exact.
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let mut p = 1.987_569_2e-4f32;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 5e-1] {
+        p = p.mul_add(r, c);
+    }
+    let p = p.mul_add(r * r, r) + 1.0;
+    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::LANES;
+
+    #[test]
+    fn the_exponential_is_right_to_a_few_units() {
+        for step in -8700..=800 {
+            let x = step as f32 / 100.0;
+            let (ours, right) = (super::exp(x), f64::from(x).exp());
+            assert!((f64::from(ours) - right).abs() <= 4e-7 * right, "exp({x}) = {ours}, not {right}");
+        }
+        assert!(super::exp(f32::NEG_INFINITY) < 1e-37);
+    }
+
+    #[test]
+    fn bf16_is_rounded_to_the_nearest() {
+        for bits in (0..=u32::MAX).step_by(65_521) {
+            let value = f32::from_bits(bits);
+            let (ours, right) = (<u16 as super::Stored>::narrow(value), half::bf16::from_f32(value).to_bits());
+            assert_eq!(ours, right, "{value}");
+        }
+    }
+
+    /// On every kind of vector that this CPU has.
+    #[test]
+    fn sixteen_totals_are_those_of_each() {
+        fn check<V: super::Lanes>() {
+            let number = |at: usize| (at as f32 * 0.37).sin() * 1e3f32.powi(at as i32 % 5);
+            let lines: [[f32; LANES]; LANES] =
+                std::array::from_fn(|line| std::array::from_fn(|lane| number(LANES * line + lane)));
+            // SAFETY: the caller asks for kinds that the CPU has.
+            let totals = unsafe { V::totals(lines.map(|line| V::load(line.as_ptr()))) };
+            assert_eq!(totals.map(f32::to_bits), lines.map(|line| super::fold(line).to_bits()));
+        }
+        check::<[f32; LANES]>();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if std::is_x86_feature_detected!("avx2") {
+                check::<[std::arch::x86_64::__m256; 2]>();
+            }
+            if std::is_x86_feature_detected!("avx512f") {
+                check::<std::arch::x86_64::__m512>();
+            }
+        }
+    }
+}
