@@ -19,6 +19,8 @@ fn parameters(commit: Commit) -> Parameters {
         order_temperature: 0.0,
         commit,
         cfg_scale: 0.0,
+        cache: None,
+        deterministic: false,
         sampling: Sampling::default(),
         end_of_text: EndOfText { ids: vec![END], finish_early: true },
         seed: 1,

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use lacuna::checkpoint::config::ModelConfig;
 use lacuna::checkpoint::weights::{WeightFiles, WeightSource};
 use lacuna::decode::canvas::{Canvas, Piece};
+use lacuna::decode::diffusion::cache::{Cache, CacheKind};
 use lacuna::decode::diffusion::select::Order;
 use lacuna::decode::diffusion::{Commit, Diffusion, EndOfText, Parameters};
 use lacuna::decode::{Decoder, Noise, Pattern, Purpose, Sampling, Wanted, Window};
 use lacuna::engine::runner::{self, Residence};
+use lacuna::model::cache::KvCache;
 use lacuna::model::family::Attention;
 use lacuna::model::{Transformer, manifest};
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor};
@@ -134,6 +136,78 @@ fn statistics_come_for_the_rows_wanted_and_no_others() {
     }
 }
 
+/// A cache of so many positions, if any.
+fn room(model: &Transformer, positions: usize) -> Residence {
+    let cache = (positions > 0).then(|| KvCache::new(model.config(), model.placement(), positions).unwrap());
+    Residence { cache, ..Residence::default() }
+}
+
+/// The decodings of Fast-dLLM's LLaDA with its two caches, token for token and step for step.
+#[test]
+fn caches_give_what_those_of_the_originals_give() {
+    let config = ModelConfig::read(&fixture("llada").join("config.json")).unwrap();
+    let model = load(&fixture("llada"), &config, Dtype::F32);
+    let text = std::fs::read_to_string(fixture("llada").join("decode_cache.json")).unwrap();
+    let cases: Value = serde_json::from_str(&text).unwrap();
+    let mut compared = 0;
+    for case in cases["cases"].as_array().unwrap() {
+        let title = case["name"].as_str().unwrap();
+        let parse = |value: &Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+        let mut original: Vec<Vec<u32>> = case["history"].as_array().unwrap().iter().map(parse).collect();
+        original.dedup();
+        let ours = decode(&model, case);
+        if case["defect"].as_str().is_some_and(|defect| defect.contains("last token is committed")) {
+            let common = ours.iter().zip(&original).take_while(|(a, b)| a == b).count();
+            assert!(common > 0 && ours != original, "{title}: the recorded defect should make a difference");
+        } else {
+            assert_eq!(ours, original, "{title}");
+        }
+        compared += 1;
+    }
+    assert!(compared >= 10, "only {compared} cases were compared");
+}
+
+/// The forwards of Fast-dLLM's Dream with its caches: what it committed in each is what our windows over our cache would. Its way of
+/// decoding is another one: it commits a block's first token at once, since none of its later rows predicts that.
+#[test]
+fn cached_forwards_of_dream_are_those_of_the_original() {
+    let config = ModelConfig::read(&fixture("dream").join("config.json")).unwrap();
+    let model = load(&fixture("dream"), &config, Dtype::F32);
+    let text = std::fs::read_to_string(fixture("dream").join("decode_cache.json")).unwrap();
+    let cases: Value = serde_json::from_str(&text).unwrap();
+    let mut compared = 0;
+    for case in cases["cases"].as_array().unwrap() {
+        let title = case["name"].as_str().unwrap();
+        let parse = |value: &Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+        let history: Vec<Vec<u32>> = case["history"].as_array().unwrap().iter().map(parse).collect();
+        let length = history[0].len();
+        let residence = room(&model, length);
+        for (forward, after) in case["forwards"].as_array().unwrap().iter().zip(&history) {
+            let (start, tokens) = (forward["start"].as_u64().unwrap() as usize, parse(&forward["ids"]));
+            let mask = case["params"]["mask_id"].as_u64().unwrap() as u32;
+            let committed: Vec<usize> =
+                (0..tokens.len()).filter(|at| tokens[*at] == mask && after[start + at] != mask).collect();
+            let window = Window {
+                pattern: Pattern::Span { start, sees: vec![length; tokens.len()] },
+                purpose: Purpose::Denoise,
+                wanted: Wanted::Following(committed.iter().map(|at| at - 1).collect()),
+                guidance: None,
+                sampling: Sampling { forbidden: vec![mask], ..Sampling::default() },
+                noise: Noise::Seed(0),
+                alone: false,
+                histories: vec![],
+                tokens,
+            };
+            let rows = runner::run(&model, &window, &residence).unwrap().rows;
+            let ours: Vec<u32> = rows.iter().map(|row| row.token).collect();
+            let theirs: Vec<u32> = committed.iter().map(|at| after[start + at]).collect();
+            assert_eq!(ours, theirs, "{title}");
+            compared += theirs.len();
+        }
+    }
+    assert!(compared >= 100, "only {compared} tokens were compared");
+}
+
 /// Decodes one recorded case; returns the canvas after every forward, prompt included.
 fn decode(model: &Transformer, case: &Value) -> Vec<Vec<u32>> {
     let params = &case["params"];
@@ -169,6 +243,9 @@ fn decode(model: &Transformer, case: &Value) -> Vec<Vec<u32>> {
         }
         _ => Commit::Linear { steps },
     };
+    let kinds = [("prefix_cache", CacheKind::Prefix), ("dual_cache", CacheKind::Dual)];
+    let kind = kinds.into_iter().find(|(name, _)| case["algorithm"].as_str().unwrap().ends_with(name));
+    let cache = kind.map(|(_, kind)| Cache { kind, lead: 0 });
     let ends = vec![count("eos_id").unwrap_or(0) as u32, count("eot_id").unwrap_or(0) as u32];
     let mut sampling = Sampling {
         top_k: count("top_k").map(|k| k as u32),
@@ -191,18 +268,21 @@ fn decode(model: &Transformer, case: &Value) -> Vec<Vec<u32>> {
         order_temperature: 0.0,
         commit,
         cfg_scale: number("cfg_scale").unwrap_or(0.0),
+        cache,
+        deterministic: false,
         sampling,
         // The originals run to the end of the canvas.
         end_of_text: EndOfText::default(),
         seed: 0,
     };
     let mut decoder = Diffusion::new(parameters, canvas, model.config().attention);
+    let residence = room(model, decoder.cache_room());
     let mut history = vec![];
     let mut forward = 0;
     while decoder.finished().is_none() {
         let window = decoder.window();
-        let outcome = runner::run(model, &window, &Residence::default()).unwrap();
-        let Wanted::Positions(wanted) = &window.wanted else { panic!("a whole canvas is asked for by position") };
+        let outcome = runner::run(model, &window, &residence).unwrap();
+        let Wanted::Positions(wanted) = &window.wanted else { panic!("a canvas is asked for by position") };
         // What the original drew in this forward: for LLaDA one number a position, for Dream one a masked position.
         let mut uniforms = vec![0.0; decoder.canvas().len()];
         if let Some(drawn) = case["uniforms"].get(forward) {

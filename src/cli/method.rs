@@ -6,7 +6,8 @@ use serde::Deserialize;
 
 use crate::decode::diffusion::select::Order;
 use crate::engine::request::{
-    AutoregressiveOptions, DiffusionOptions, DrafterChoice, MethodKind, SamplingOptions, Schedule, TemplatePiece, order,
+    AutoregressiveOptions, CacheChoice, DiffusionOptions, DrafterChoice, MethodKind, SamplingOptions, Schedule, TemplatePiece,
+    order,
 };
 
 /// How the canvas is filled. Unset means the model's own default.
@@ -46,6 +47,9 @@ pub struct DiffusionFlags {
     /// Scale of classifier-free guidance; 0 is off
     #[arg(long, value_name = "SCALE")]
     cfg_scale: Option<f64>,
+    /// Use keys again within a block: off, prefix or dual. Faster, but not exact
+    #[arg(long, value_parser = cache)]
+    cache: Option<CacheChoice>,
     /// Go on filling behind a finished text
     #[arg(long)]
     no_finish_early: bool,
@@ -88,6 +92,8 @@ impl DiffusionFlags {
             finish_early: self.no_finish_early.then_some(false),
             suppress_end: set(self.suppress_end),
             late_end: set(self.late_end),
+            cache: self.cache,
+            deterministic: None,
         }
     }
 }
@@ -202,6 +208,10 @@ fn method(name: &str) -> Result<MethodKind, String> {
         "autoregressive" => Ok(MethodKind::Autoregressive),
         _ => Err("use diffusion or autoregressive".into()),
     }
+}
+
+fn cache(name: &str) -> Result<CacheChoice, String> {
+    CacheChoice::from_name(name).ok_or_else(|| "use off, prefix or dual".into())
 }
 
 fn drafter(name: &str) -> Result<DrafterChoice, String> {

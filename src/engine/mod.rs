@@ -59,11 +59,13 @@ pub struct Request {
 }
 
 impl Request {
-    /// Tokens that it takes in the engine: canvas and cache, twice under guidance.
+    /// Tokens that it takes in the engine, canvas and cache.
     pub fn tokens(&self) -> usize {
         let length = self.canvas.sequence().len();
         match &self.method {
-            Method::Diffusion(parameters) => length * (1 + usize::from(parameters.cfg_scale != 0.0)),
+            Method::Diffusion(parameters) => {
+                length * (1 + usize::from(parameters.cfg_scale != 0.0) + usize::from(parameters.cache.is_some()))
+            }
             Method::Autoregressive(parameters) => length + parameters.drafts.map_or(1, |_| autoregressive::NODES_MAX),
         }
     }

@@ -109,6 +109,8 @@ fn sequence(model: &Transformer, options: &Options, prompt: &[u32]) -> Sequence 
         order_temperature: 0.0,
         commit: Commit::Threshold(0.9),
         cfg_scale: 0.0,
+        cache: None,
+        deterministic: false,
         sampling: Sampling { forbidden: vec![mask], ..Sampling::default() },
         end_of_text: EndOfText::default(),
         seed: options.seed,

@@ -13,8 +13,8 @@ use crate::checkpoint::chat::Message;
 use crate::decode::autoregressive::DrafterKind;
 use crate::decode::diffusion::select::Order;
 use crate::engine::request::{
-    AutoregressiveOptions, DiffusionOptions, DrafterChoice, GenerateOptions, MethodKind, ModelInfo, PRIORITY_MAX, Prompt,
-    SamplingOptions, Schedule, TemplatePiece,
+    AutoregressiveOptions, CacheChoice, DiffusionOptions, DrafterChoice, GenerateOptions, MethodKind, ModelInfo, PRIORITY_MAX,
+    Prompt, SamplingOptions, Schedule, TemplatePiece,
 };
 
 const REQUEST_ID_MAX: usize = 128;
@@ -237,6 +237,13 @@ fn diffusion(asked: proto::Diffusion) -> Result<DiffusionOptions, Status> {
         Ok(proto::Order::LeftToRight) => Some(Order::LeftToRight),
         Err(_) => return Err(unknown("diffusion.order", asked.order)),
     };
+    let cache = match proto::DiffusionCache::try_from(asked.cache) {
+        Ok(proto::DiffusionCache::Unspecified) => None,
+        Ok(proto::DiffusionCache::Off) => Some(CacheChoice::Off),
+        Ok(proto::DiffusionCache::Prefix) => Some(CacheChoice::Prefix),
+        Ok(proto::DiffusionCache::Dual) => Some(CacheChoice::Dual),
+        Err(_) => return Err(unknown("diffusion.cache", asked.cache)),
+    };
     Ok(DiffusionOptions {
         steps: asked.steps,
         block_length: asked.block_length,
@@ -252,6 +259,8 @@ fn diffusion(asked: proto::Diffusion) -> Result<DiffusionOptions, Status> {
         finish_early: asked.finish_early,
         suppress_end: asked.suppress_end,
         late_end: asked.late_end,
+        cache,
+        deterministic: asked.deterministic,
     })
 }
 
@@ -272,6 +281,16 @@ pub fn diffusion_message(options: &DiffusionOptions) -> proto::Diffusion {
         finish_early: options.finish_early,
         suppress_end: options.suppress_end,
         late_end: options.late_end,
+        cache: options.cache.map_or(proto::DiffusionCache::Unspecified, cache).into(),
+        deterministic: options.deterministic,
+    }
+}
+
+pub fn cache(choice: CacheChoice) -> proto::DiffusionCache {
+    match choice {
+        CacheChoice::Off => proto::DiffusionCache::Off,
+        CacheChoice::Prefix => proto::DiffusionCache::Prefix,
+        CacheChoice::Dual => proto::DiffusionCache::Dual,
     }
 }
 

@@ -5,8 +5,10 @@ use std::time::Duration;
 use super::proto::{self, generate_event};
 use super::{Served, convert};
 use crate::decode::autoregressive::{self, Speculation};
+use crate::decode::diffusion::cache::CacheKind;
 use crate::decode::diffusion::{self, Commit};
 use crate::decode::{Edit, FinishReason, Status, Step};
+use crate::engine::request::CacheChoice;
 use crate::engine::request::DrafterChoice;
 use crate::engine::{Event, Logprob, Method, Request, Usage};
 
@@ -137,6 +139,13 @@ fn diffusion(parameters: &diffusion::Parameters) -> proto::Diffusion {
         order: convert::order(parameters.order).into(),
         order_temperature: Some(parameters.order_temperature),
         cfg_scale: Some(parameters.cfg_scale),
+        cache: convert::cache(match parameters.cache.map(|cache| cache.kind) {
+            None => CacheChoice::Off,
+            Some(CacheKind::Prefix) => CacheChoice::Prefix,
+            Some(CacheKind::Dual) => CacheChoice::Dual,
+        })
+        .into(),
+        deterministic: Some(parameters.deterministic),
         finish_early: Some(parameters.end_of_text.finish_early),
         // The mask token is forbidden in any case, and is never an end.
         suppress_end: Some(parameters.end_of_text.ids.iter().any(|id| parameters.sampling.forbidden.contains(id))),

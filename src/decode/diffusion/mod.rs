@@ -4,6 +4,7 @@
 //! [`Parameters`] only. Forwards are whole sequences, so that the machine is exact for fully bidirectional models. It spends no
 //! forward on a complete canvas, and none on a step whose schedule commits nothing.
 
+pub mod cache;
 pub mod schedule;
 pub mod select;
 
@@ -17,6 +18,7 @@ use super::{
     Decoder, Edit, FinishReason, Guidance, Noise, Pattern, Purpose, RowStatistics, Sampling, Status, Step, Wanted, Window, mix,
 };
 use crate::model::family::Attention;
+use cache::{Cache, over_all};
 use select::{Candidate, Order, Rule, select};
 
 /// How many cells a step commits.
@@ -57,6 +59,10 @@ pub struct Parameters {
     pub commit: Commit,
     /// Scale of classifier-free guidance; 0 is off.
     pub cfg_scale: f64,
+    /// Keys are used again within a block; `None` is exact.
+    pub cache: Option<Cache>,
+    /// Run every step in a forward of its own where rows that are run together depend on one another.
+    pub deterministic: bool,
     pub sampling: Sampling,
     pub end_of_text: EndOfText,
     pub seed: u64,
@@ -71,6 +77,8 @@ pub struct Diffusion {
     /// Forwards so far.
     step: usize,
     block: usize,
+    /// The block for which the whole sequence has been run.
+    refreshed: Option<usize>,
     /// Place in the schedule of the current block.
     block_step: usize,
     /// Masked cells when the current block began.
@@ -83,8 +91,18 @@ impl Diffusion {
     pub fn new(parameters: Parameters, canvas: Canvas, attention: Attention) -> Self {
         let rng = ChaCha8Rng::seed_from_u64(parameters.seed);
         let blocks = canvas.blocks_to_fill(parameters.block_length);
-        let mut decoder =
-            Self { parameters, canvas, attention, rng, step: 0, block: 0, block_step: 0, block_masked: 0, blocks };
+        let mut decoder = Self {
+            parameters,
+            canvas,
+            attention,
+            rng,
+            step: 0,
+            block: 0,
+            refreshed: None,
+            block_step: 0,
+            block_masked: 0,
+            blocks,
+        };
         decoder.enter_block();
         decoder.skip_idle_steps();
         decoder
@@ -163,6 +181,7 @@ impl Diffusion {
 
     /// [`Decoder::advance`] with the draws given (one for each cell of the canvas).
     pub fn advance_with(&mut self, rows: &[RowStatistics], uniforms: &[f64]) -> Step {
+        self.refreshed = Some(self.block);
         let open = self.open_cells();
         assert_eq!(open.len(), rows.len(), "one row of statistics for each wanted position");
         let parameters = &self.parameters;
@@ -202,15 +221,29 @@ impl Decoder for Diffusion {
         let prompt = self.canvas.prompt_len();
         let guidance = (parameters.cfg_scale != 0.0)
             .then(|| Guidance { unconditional: self.canvas.unconditional(), scale: parameters.cfg_scale });
+        let (sequence, block) = (self.canvas.sequence(), self.block_range());
+        let (run, pattern) = match &parameters.cache {
+            None => (0..sequence.len(), Pattern::Whole(self.attention)),
+            Some(cache) => {
+                let known = self.refreshed == Some(self.block);
+                let run = if known {
+                    cache.window(prompt + block.start..prompt + block.end, sequence.len())
+                } else {
+                    0..sequence.len()
+                };
+                let pattern = over_all(&run, sequence.len());
+                (run, pattern)
+            }
+        };
         Window {
-            tokens: self.canvas.sequence().to_vec(),
-            pattern: Pattern::Whole(self.attention),
+            tokens: sequence[run].to_vec(),
+            pattern,
             purpose: Purpose::Denoise,
             wanted: Wanted::Positions(self.open_cells().iter().map(|cell| (prompt + cell) as u32).collect()),
             guidance,
             sampling: parameters.sampling.clone(),
             noise: Noise::Seed(mix(parameters.seed ^ mix(self.step as u64))),
-            alone: false,
+            alone: parameters.deterministic,
             histories: vec![],
         }
     }
@@ -232,5 +265,9 @@ impl Decoder for Diffusion {
 
     fn canvas(&self) -> &Canvas {
         &self.canvas
+    }
+
+    fn cache_room(&self) -> usize {
+        if self.parameters.cache.is_some() { self.canvas.sequence().len() } else { 0 }
     }
 }

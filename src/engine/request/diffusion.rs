@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 use super::{CFG_SCALE_MAX, GenerateOptions, Invalid, ModelInfo, STEPS_MAX, TEMPERATURE_MAX, invalid, number, sampling, whole};
 use crate::decode::canvas::{Canvas, Piece};
+use crate::decode::diffusion::cache::{Cache, CacheKind};
 use crate::decode::diffusion::select::Order;
 use crate::decode::diffusion::{Commit, EndOfText, Parameters};
 use crate::model::family::Attention;
@@ -33,12 +34,47 @@ pub struct DiffusionOptions {
     pub factor: Option<f64>,
     pub entropy_bound: Option<f64>,
     pub cfg_scale: Option<f64>,
+    /// Keys used again within a block; off unless said otherwise.
+    pub cache: Option<CacheChoice>,
+    /// Forwards that nobody else's tokens share, where that could change a rounding.
+    pub deterministic: Option<bool>,
     /// End once end-of-text stands with nothing masked before it; on unless said otherwise.
     pub finish_early: Option<bool>,
     /// Never choose end-of-text (LLaDA's `logits_eos_inf`).
     pub suppress_end: Option<bool>,
     /// Choose end-of-text late (LLaDA's `confidence_eos_eot_inf`).
     pub late_end: Option<bool>,
+}
+
+/// Whether, and how, keys are used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheChoice {
+    Off,
+    Prefix,
+    Dual,
+}
+
+impl CacheChoice {
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Off, Self::Prefix, Self::Dual].into_iter().find(|choice| choice.name() == name)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Prefix => "prefix",
+            Self::Dual => "dual",
+        }
+    }
+
+    fn kind(self) -> Option<CacheKind> {
+        match self {
+            Self::Off => None,
+            Self::Prefix => Some(CacheKind::Prefix),
+            Self::Dual => Some(CacheKind::Dual),
+        }
+    }
 }
 
 mod order_name {
@@ -148,6 +184,11 @@ fn settings(
     sampling.margin = order == Order::Margin;
     sampling.entropy = order == Order::Entropy || matches!(commit, Commit::EntropyBound(_));
     let block_length = whole("block_length", asked.block_length.or(defaults.block_length), u64::from(u32::MAX))?;
+    let cfg_scale = number("cfg_scale", asked.cfg_scale.or(defaults.cfg_scale), 0.0..=CFG_SCALE_MAX)?.unwrap_or(0.0);
+    let cache = asked.cache.or(defaults.cache).unwrap_or(CacheChoice::Off).kind();
+    if cfg_scale != 0.0 && cache.is_some() {
+        return invalid("cache", "guidance runs whole sequences: leave one of cache and cfg_scale unset");
+    }
     Ok(Parameters {
         block_length: block_length.unwrap_or(canvas).min(canvas),
         order,
@@ -158,7 +199,9 @@ fn settings(
         )?
         .unwrap_or(0.0),
         commit,
-        cfg_scale: number("cfg_scale", asked.cfg_scale.or(defaults.cfg_scale), 0.0..=CFG_SCALE_MAX)?.unwrap_or(0.0),
+        cfg_scale,
+        cache: cache.map(|kind| Cache { kind, lead: usize::from(model.config.shift) }),
+        deterministic: asked.deterministic.or(defaults.deterministic).unwrap_or(false),
         sampling,
         end_of_text: EndOfText { ids: ends, finish_early: asked.finish_early.or(defaults.finish_early).unwrap_or(true) },
         seed: options.sampling.seed.unwrap_or_else(rand::random),

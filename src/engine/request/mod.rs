@@ -23,7 +23,7 @@ use crate::draft::DrafterInfo;
 use crate::tensor::Placement;
 
 pub use autoregressive::{AutoregressiveOptions, DrafterChoice};
-pub use diffusion::{DiffusionOptions, Schedule, order};
+pub use diffusion::{CacheChoice, DiffusionOptions, Schedule, order};
 
 /// Bounds on one request, whatever the model.
 pub const STEPS_MAX: u64 = 4096;
