@@ -291,7 +291,13 @@ impl<W: Stored, X: Stored> Group<W, X> {
             }
             let totals = V::totals(lines).map(W::narrow);
             for (m, totals) in totals.chunks_exact(4 * P).take(M).enumerate() {
-                std::ptr::copy_nonoverlapping(totals.as_ptr(), out.add(m * self.outputs), count);
+                let out = out.add(m * self.outputs);
+                // A known count spares a call.
+                if count == 4 * P {
+                    std::ptr::copy_nonoverlapping(totals.as_ptr(), out, 4 * P);
+                } else {
+                    std::ptr::copy_nonoverlapping(totals.as_ptr(), out, count);
+                }
             }
         }
     }
