@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::runtime::Runtime;
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 
 use crate::checkpoint::chat::Message;
 use crate::decode::autoregressive::Speculation;
@@ -38,14 +38,8 @@ impl Remote {
     /// Starts a generation on the server at `address` (`HOST:PORT`).
     pub fn start(address: &str, options: &GenerateOptions) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .with_context(|| format!("'{address}' is no address: use HOST:PORT"))?
-            .connect_timeout(CONNECT_TIMEOUT);
         let (stream, ends) = runtime.block_on(async {
-            let channel = endpoint
-                .connect()
-                .await
-                .with_context(|| format!("no server answers on {address}: start one with 'make serve'"))?;
+            let channel = connect(address).await?;
             let model = ModelsClient::new(channel.clone()).get(proto::GetModelRequest::default()).await.map_err(failed)?;
             let ends = model.into_inner().model.unwrap_or_default().end_token_ids;
             let response = GenerationClient::new(channel).generate(request(options)).await.map_err(failed)?;
@@ -128,7 +122,16 @@ impl Iterator for Remote {
     }
 }
 
-fn failed(status: tonic::Status) -> anyhow::Error {
+/// A connection to the server at `address` (`HOST:PORT`).
+pub async fn connect(address: &str) -> Result<Channel> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .with_context(|| format!("'{address}' is no address: use HOST:PORT"))?
+        .connect_timeout(CONNECT_TIMEOUT);
+    let channel = endpoint.connect().await;
+    channel.with_context(|| format!("no server answers on {address}: start one with 'make serve'"))
+}
+
+pub fn failed(status: tonic::Status) -> anyhow::Error {
     anyhow!("the server refused or failed: {} ({:?})", status.message(), status.code())
 }
 
@@ -167,7 +170,8 @@ fn usage(usage: proto::Usage) -> Usage {
     }
 }
 
-fn request(options: &GenerateOptions) -> proto::GenerateRequest {
+/// The options as a message.
+pub fn request(options: &GenerateOptions) -> proto::GenerateRequest {
     let tokens = |ids: &[u32]| proto::TokenIds { token_ids: ids.to_vec() };
     let piece = |piece: &TemplatePiece| proto::TemplatePiece {
         piece: Some(match piece {

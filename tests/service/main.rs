@@ -11,6 +11,7 @@ mod harness;
 mod infill;
 mod information;
 mod invalid;
+mod load;
 mod python;
 mod queue;
 mod settings;

@@ -1,7 +1,12 @@
 //! `lacuna bench`: `step` says where a denoising step's time goes, for a model or for random weights of a config's shape;
-//! `speculate` runs plain decoding and every drafter side by side.
+//! `speculate` runs plain decoding and every drafter side by side; [`serve`] puts a load on a server, and [`compare`] sets two of
+//! its results side by side.
 
-use std::path::PathBuf;
+mod compare;
+mod serve;
+mod traffic;
+
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, Subcommand};
@@ -28,15 +33,14 @@ enum What {
     Step(Step),
     /// Compare plain autoregressive decoding with every drafter, interleaved
     Speculate(Speculate),
+    /// Put a load on a running server, and tell rates and latencies
+    Serve(Box<serve::Options>),
+    /// Set two results of 'bench serve --json' side by side
+    Compare(compare::Options),
 }
 
 #[derive(Args, Debug)]
-struct Speculate {
-    #[command(flatten)]
-    model: ModelOptions,
-    /// Drafters to run [default: all that the model has]
-    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = drafter)]
-    drafter: Vec<DrafterKind>,
+struct Prompts {
     /// One prompt a line, as JSON strings [default: tasks of the small models, and some prompts that they do not know]
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
@@ -46,6 +50,30 @@ struct Speculate {
     /// Seed of the choice of tasks
     #[arg(long, default_value_t = 7)]
     prompts_seed: u64,
+}
+
+impl Prompts {
+    fn read(&self) -> Result<Vec<String>> {
+        match &self.prompts {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                let prompt = |line: &str| serde_json::from_str(line).with_context(|| format!("'{line}' is no JSON string"));
+                text.lines().filter(|line| !line.is_empty()).map(prompt).take(self.count as usize).collect()
+            }
+            None => Ok(speculate::nano_prompts(self.count as usize, self.prompts_seed)),
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+struct Speculate {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Drafters to run [default: all that the model has]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = drafter)]
+    drafter: Vec<DrafterKind>,
+    #[command(flatten)]
+    prompts: Prompts,
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
     #[arg(long, value_name = "N")]
@@ -90,7 +118,14 @@ pub fn run(options: Options) -> Result<()> {
     match options.what {
         What::Step(options) => step(options),
         What::Speculate(options) => speculate(options),
+        What::Serve(options) => serve::run(*options),
+        What::Compare(options) => compare::run(&options),
     }
+}
+
+/// What was typed, to be kept with a result.
+fn command() -> String {
+    std::env::args().skip(1).collect::<Vec<_>>().join(" ")
 }
 
 fn drafter(name: &str) -> Result<DrafterKind, String> {
@@ -99,14 +134,7 @@ fn drafter(name: &str) -> Result<DrafterKind, String> {
 
 fn speculate(options: Speculate) -> Result<()> {
     let (info, network, mut drafters) = options.model.load()?;
-    let prompts = match &options.prompts {
-        Some(path) => {
-            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-            let prompt = |line: &str| serde_json::from_str(line).with_context(|| format!("'{line}' is no JSON string"));
-            text.lines().filter(|line| !line.is_empty()).map(prompt).take(options.count as usize).collect::<Result<_>>()?
-        }
-        None => speculate::nano_prompts(options.count as usize, options.prompts_seed),
-    };
+    let prompts = options.prompts.read()?;
     let known = drafters.infos().into_iter().map(|info| info.kind);
     let wanted = speculate::Options {
         drafters: if options.drafter.is_empty() { known.collect() } else { options.drafter.clone() },
@@ -126,8 +154,8 @@ fn speculate(options: Speculate) -> Result<()> {
         json["dtype"] = placement.dtype.name().into();
         json["device"] = placement.device_name().into();
         json["threads"] = tch::get_num_threads().into();
-        json["prompts_seed"] = options.prompts_seed.into();
-        json["command"] = std::env::args().skip(1).collect::<Vec<_>>().join(" ").into();
+        json["prompts_seed"] = options.prompts.prompts_seed.into();
+        json["command"] = command().into();
         println!("{json}");
         return Ok(());
     }
@@ -195,7 +223,7 @@ fn count(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|count| *count <= 1 << 20).ok_or_else(|| format!("use a whole number up to {}", 1 << 20))
 }
 
-fn random(path: &std::path::Path, options: &Step) -> Result<Transformer> {
+fn random(path: &Path, options: &Step) -> Result<Transformer> {
     tensor::set_threads(options.model.threads);
     let device = tensor::device(&options.model.device).map_err(anyhow::Error::msg)?;
     let config = ModelConfig::read(path).with_context(|| format!("cannot take the shape from {}", path.display()))?;
