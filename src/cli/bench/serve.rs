@@ -36,7 +36,7 @@ pub struct Options {
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,4,16")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
     concurrency: Vec<u32>,
-    /// Open loops of so many requests a second at random moments, whether those before have ended or not
+    /// Open loops of so many requests a second at random moments (by --seed), whether those before have ended or not
     #[arg(long, value_name = "R,…", value_delimiter = ',', value_parser = rate, conflicts_with = "concurrency")]
     rate: Vec<f64>,
     /// Requests of an open loop under way at once; what is due beyond that is not sent, and counted as unsent
@@ -61,7 +61,7 @@ pub struct Options {
     /// Ask for step events, and time the first provisional tokens
     #[arg(long)]
     events: bool,
-    /// Share of requests to cancel, each at a random moment within the time that requests take on average
+    /// Share of requests to cancel, each at a random moment (by --seed) within the time that requests take on average
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
     cancel_share: f64,
     /// Goodput: count requests whose first committed token comes within this
@@ -86,7 +86,7 @@ pub struct Options {
     #[command(flatten)]
     sampling: SamplingFlags,
     /// Print one JSON object, which 'bench compare' reads
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
