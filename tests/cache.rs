@@ -212,7 +212,7 @@ fn a_cache_takes_the_room_that_its_heads_need() {
     }
 }
 
-/// Windows of every kind and length in one forward are the windows alone.
+/// Windows of every kind and length in one forward are the windows alone: to the bit by our kernels, within rounding by libtorch.
 #[test]
 fn a_forward_for_many_sequences_is_each_of_them_alone() {
     for (name, placement) in FAMILIES.into_iter().flat_map(|name| [(name, F32), (name, BF16)]) {
@@ -237,7 +237,9 @@ fn a_forward_for_many_sequences_is_each_of_them_alone() {
             for (index, segment) in segments.iter().enumerate() {
                 let rows = segment.tokens.len() as i64;
                 let (ours, alone) = (together.narrow(0, first, rows), model.forward(&[*segment]).unwrap());
-                if placement == F32 {
+                if model.rows_are_independent() {
+                    assert_eq!(ours, alone, "{name}, {placement:?}, segment {index}");
+                } else if placement == F32 {
                     assert_near(&ours, &alone, &format!("{name}, segment {index}"));
                 }
                 first += rows;

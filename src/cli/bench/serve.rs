@@ -180,6 +180,7 @@ impl Options {
             stops: vec![],
             steps: self.events,
             deadline: None,
+            priority: 0,
         })
     }
 
@@ -202,6 +203,7 @@ impl Options {
             parameters: model.parameters,
             dtype: model.dtype,
             device: model.device,
+            threads: model.threads,
             resident_max: model.resident_max,
             queued_max: model.queued_max,
             method: method.into(),

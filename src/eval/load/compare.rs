@@ -15,6 +15,8 @@ pub struct About {
     pub parameters: u64,
     pub dtype: String,
     pub device: String,
+    /// That an operation on the server's CPU may use.
+    pub threads: u32,
     pub resident_max: u64,
     pub queued_max: u64,
     pub method: String,
@@ -45,7 +47,7 @@ pub struct Report {
 }
 
 /// Without these the same, two results do not measure the same thing.
-const SAME: [&str; 4] = ["model", "parameters", "dtype", "device"];
+const SAME: [&str; 5] = ["model", "parameters", "dtype", "device", "threads"];
 /// These say how a result was called for; they differ without meaning anything.
 const APART: [&str; 2] = ["target", "command"];
 
@@ -168,6 +170,7 @@ mod tests {
             parameters: 5,
             dtype: "f32".into(),
             device: "cpu".into(),
+            threads: 2,
             resident_max: 8,
             queued_max: 64,
             method: "diffusion".into(),
