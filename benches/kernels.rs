@@ -9,6 +9,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use lacuna::checkpoint::config::ModelConfig;
 use lacuna::model::cache::KvCache;
 use lacuna::model::{Layout, RandomWeights, Segment, Transformer};
+use lacuna::tensor::kernels::attention::{Seen, Shared, Span, attention as attend};
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor, kernels};
 
 const ROWS: [i64; 6] = [1, 2, 4, 6, 8, 16];
@@ -45,6 +46,75 @@ fn products(criterion: &mut Criterion) {
     }
 }
 
+/// Attention of some rows over themselves and what came before, where everybody sees everything. Ours turns queries and keys and
+/// fills the cache as well; libtorch's is the bare operation.
+fn attention(criterion: &mut Criterion) {
+    lacuna::tensor::set_threads(2);
+    for (name, kind) in [("f32", Kind::Float), ("bf16", Kind::BFloat16)] {
+        for (model, heads, kv_heads, dim) in [("nano", 8, 8, 32), ("SmolLM2-135M", 9, 3, 64)] {
+            let mut group = criterion.benchmark_group(format!("attention of {model}, {name}"));
+            group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(500));
+            for (rows, slots) in [(1, 64), (1, 512), (8, 64), (80, 80), (128, 128), (256, 256), (32, 512)] {
+                let qkv = random(&[rows, (heads + 2 * kv_heads) * dim], kind);
+                let angles = (random(&[rows, 1, dim], Kind::Float), random(&[rows, 1, dim], Kind::Float));
+                let (keys, values) = (random(&[kv_heads, slots, dim], kind), random(&[kv_heads, slots, dim], kind));
+                let shared = Shared {
+                    qkv: &qkv,
+                    heads: heads as usize,
+                    kv_heads: kv_heads as usize,
+                    dim: dim as usize,
+                    angles: &angles,
+                    norms: None,
+                    eps: 0.0,
+                };
+                let sees = vec![slots as usize; rows as usize];
+                let (start, rows) = ((slots - rows) as usize, rows as usize);
+                let shape = format!("{rows} over {slots}");
+                group.bench_function(BenchmarkId::new("ours", &shape), |bencher| {
+                    let (keys, values, seen) = (&keys, &values, Seen::First(&sees));
+                    bencher.iter(|| attend(&shared, &[Span { rows: 0..rows, keys, values, start, seen }]).unwrap().unwrap());
+                });
+                let query = random(&[1, kv_heads, heads / kv_heads * rows as i64, dim], kind);
+                let (keys, values) = (keys.unsqueeze(0), values.unsqueeze(0));
+                group.bench_function(BenchmarkId::new("libtorch", &shape), |bencher| {
+                    let none = None::<&Tensor>;
+                    let run =
+                        || Tensor::scaled_dot_product_attention(&query, &keys, &values, none, 0.0, false, None::<f64>, false);
+                    bencher.iter(run);
+                });
+            }
+        }
+    }
+}
+
+/// The small operations between products, on nano's widths.
+fn small(criterion: &mut Criterion) {
+    lacuna::tensor::set_threads(2);
+    for (name, kind) in [("f32", Kind::Float), ("bf16", Kind::BFloat16)] {
+        let mut group = criterion.benchmark_group(format!("small operations of nano, {name}"));
+        group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(300));
+        for rows in [1, 8, 80, 640] {
+            let (x, weight) = (random(&[rows, 256], kind), random(&[256], kind));
+            let (gates, logits) = (random(&[rows, 1408], kind), random(&[rows, 944], kind));
+            group.bench_function(BenchmarkId::new("rms_norm", rows), |bencher| {
+                bencher.iter(|| kernels::pointwise::rms_norm(&x, &weight, 1e-5).unwrap().unwrap());
+            });
+            group.bench_function(BenchmarkId::new("rms_norm, libtorch", rows), |bencher| {
+                bencher.iter(|| x.rms_norm([256], Some(&weight), 1e-5));
+            });
+            group.bench_function(BenchmarkId::new("swiglu", rows), |bencher| {
+                bencher.iter(|| kernels::pointwise::swiglu(&gates).unwrap().unwrap());
+            });
+            group.bench_function(BenchmarkId::new("swiglu, libtorch", rows), |bencher| {
+                bencher.iter(|| gates.narrow(1, 0, 704).silu() * gates.narrow(1, 704, 704));
+            });
+            group.bench_function(BenchmarkId::new("best", rows), |bencher| {
+                bencher.iter(|| kernels::rows::best(&logits, &[], &[]).unwrap().unwrap());
+            });
+        }
+    }
+}
+
 fn steps(criterion: &mut Criterion) {
     lacuna::tensor::set_threads(2);
     let _no_gradients = tch::no_grad_guard();
@@ -72,5 +142,5 @@ fn steps(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products, steps);
+criterion_group!(benches, products, attention, small, steps);
 criterion_main!(benches);

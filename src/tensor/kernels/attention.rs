@@ -1,22 +1,25 @@
 //! A step's attention in one pass: queries and keys normalised and rotated, keys and values put into the cache, and each query's
 //! weighted sum over what it sees.
 //!
-//! One launch serves the rows of many sequences, each with its own cache. A query goes through its keys in the order of their positions,
-//! wherever in the cache they lie. So a token's numbers are the same whether it was run alone, as a node of a tree of drafts, or
-//! beside other sequences.
+//! One launch serves the rows of many sequences, each with its own cache; rows of one sequence go through its keys in tiles. Yet
+//! every query's sums run over its keys in the order of their positions, wherever in the cache they lie, and over no others. So a
+//! token's numbers are the same whether it was run alone, as a node of a tree of drafts, or beside other sequences.
 
 use std::ffi::c_void;
 use std::ops::Range;
 
 use tch::TchError;
 
-use super::lanes::{LANES, Lanes, Stored, dot, exp, fold};
+use super::attend::{Place, Room};
+use super::lanes::{Lanes, Stored};
 use super::pointwise::normalise;
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Largest size of a head.
 const DIM_MAX: usize = 256;
+/// Rows of one sequence that go through its keys together.
+const TILE: usize = 16;
 /// Attention over fewer keys, all heads and queries together, is not worth other threads.
 const PARALLEL_FROM: usize = 1024;
 
@@ -101,6 +104,7 @@ pub fn attention(shared: &Shared, spans: &[Span]) -> Result<Option<Tensor>, TchE
         kv_heads: *kv_heads,
         dim: *dim,
         rows: spans.iter().flat_map(rows_of).collect(),
+        tiles: tiles(spans),
         half: kind == Kind::BFloat16,
     };
     let looked_at: usize = step.rows.iter().map(|row| row.before + row.line.len()).sum();
@@ -121,6 +125,18 @@ fn rows_of<'a>(span: &'a Span) -> impl Iterator<Item = Row> + 'a {
         let (keys, values, head_stride) = (span.keys.data_ptr(), span.values.data_ptr(), span.keys.stride()[0] as usize);
         Row { row, keys, values, head_stride, slot: span.start + index, before, line }
     })
+}
+
+/// Places among all rows, in the order of the spans, of those that are done together.
+fn tiles(spans: &[Span]) -> Vec<Range<usize>> {
+    let mut tiles = vec![];
+    let mut first = 0;
+    for span in spans {
+        let end = first + span.rows.len();
+        tiles.extend((first..end).step_by(TILE).map(|start| start..(start + TILE).min(end)));
+        first = end;
+    }
+    tiles
 }
 
 /// Whether heads of this size and type can be done here.
@@ -145,8 +161,8 @@ pub fn lineage(parents: &[usize], row: usize) -> Vec<usize> {
 }
 
 /// One row's place among the caches.
-struct Row {
-    row: usize,
+pub(super) struct Row {
+    pub row: usize,
     keys: *mut c_void,
     values: *mut c_void,
     /// From one head's keys to the next one's, in elements.
@@ -154,8 +170,8 @@ struct Row {
     /// Where its own key goes.
     slot: usize,
     /// Slots that it sees: so many from the first on, then these.
-    before: usize,
-    line: Vec<usize>,
+    pub before: usize,
+    pub line: Vec<usize>,
 }
 
 /// One layer's attention, as plain memory.
@@ -171,6 +187,8 @@ struct Step {
     kv_heads: usize,
     dim: usize,
     rows: Vec<Row>,
+    /// Rows of one sequence that go through its keys together.
+    tiles: Vec<Range<usize>>,
     half: bool,
 }
 
@@ -190,16 +208,15 @@ impl Kernel for Store<'_> {
 impl Kernel for Step {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
-        let tasks = self.rows.len() * self.heads;
-        let mut scores = vec![];
-        for task in tasks * thread / threads..tasks * (thread + 1) / threads {
-            let (row, head) = (&self.rows[task / self.heads], task % self.heads);
-            scores.resize(row.before + row.line.len(), 0.0);
+        let mut room = Room::default();
+        // Tiles further down a sequence see more keys: threads take turns.
+        for task in (thread..self.tiles.len() * self.heads).step_by(threads) {
+            let (rows, head) = (&self.rows[self.tiles[task / self.heads].clone()], task % self.heads);
             unsafe {
                 if self.half {
-                    self.attend::<V, u16>(row, head, &mut scores)
+                    self.attend::<V, u16>(rows, head, &mut room)
                 } else {
-                    self.attend::<V, f32>(row, head, &mut scores)
+                    self.attend::<V, f32>(rows, head, &mut room)
                 }
             }
         }
@@ -209,25 +226,27 @@ impl Kernel for Step {
 impl Step {
     /// Normalised, rotated and in f32: head `head` of row `row`.
     #[inline(always)]
-    unsafe fn rotated<V: Lanes, T: Stored>(&self, row: usize, head: usize, norm: *const c_void, out: &mut [f32; DIM_MAX]) {
+    unsafe fn rotated<V: Lanes, T: Stored>(&self, row: usize, head: usize, norm: *const c_void, out: &mut [f32]) {
         let (dim, half) = (self.dim, self.dim / 2);
         unsafe {
             let from = self.qkv.cast::<T>().add((row * (self.heads + 2 * self.kv_heads) + head) * dim);
             let x = std::slice::from_raw_parts(from, dim);
-            let mut plain = [0f32; DIM_MAX];
             if norm.is_null() {
-                for (plain, x) in plain.iter_mut().zip(x) {
-                    *plain = x.widen();
+                for (out, x) in out.iter_mut().zip(x) {
+                    *out = x.widen();
                 }
             } else {
                 let weight = std::slice::from_raw_parts(norm.cast::<T>(), dim);
-                normalise::<V, T>(x, weight, self.eps, |at, value| plain[at] = value);
+                normalise::<V, T>(x, weight, self.eps, |at, value| out[at] = value);
             }
-            let cos = std::slice::from_raw_parts(self.cos.add(row * dim), dim);
-            let sin = std::slice::from_raw_parts(self.sin.add(row * dim), dim);
-            for at in 0..half {
-                out[at] = plain[at] * cos[at] - plain[at + half] * sin[at];
-                out[at + half] = plain[at + half] * cos[at + half] + plain[at] * sin[at + half];
+            let cos = std::slice::from_raw_parts(self.cos.add(row * dim), dim).split_at(half);
+            let sin = std::slice::from_raw_parts(self.sin.add(row * dim), dim).split_at(half);
+            let turns = cos.0.iter().zip(cos.1).zip(sin.0.iter().zip(sin.1));
+            let (low, high) = out.split_at_mut(half);
+            for ((low, high), ((cos_low, cos_high), (sin_low, sin_high))) in low.iter_mut().zip(high).zip(turns) {
+                let (x, y) = (*low, *high);
+                *low = x * cos_low - y * sin_low;
+                *high = y * cos_high + x * sin_high;
             }
         }
     }
@@ -235,13 +254,14 @@ impl Step {
     #[inline(always)]
     unsafe fn store<V: Lanes, T: Stored>(&self, row: &Row) {
         let mut key = [0f32; DIM_MAX];
+        let key = &mut key[..self.dim];
         for head in 0..self.kv_heads {
             unsafe {
-                self.rotated::<V, T>(row.row, self.heads + head, self.key_norm, &mut key);
+                self.rotated::<V, T>(row.row, self.heads + head, self.key_norm, key);
                 let slot = head * row.head_stride + row.slot * self.dim;
                 let keys = std::slice::from_raw_parts_mut(row.keys.cast::<T>().add(slot), self.dim);
-                for (out, key) in keys.iter_mut().zip(key) {
-                    *out = T::narrow(key);
+                for (out, key) in keys.iter_mut().zip(&*key) {
+                    *out = T::narrow(*key);
                 }
                 let place = row.row * (self.heads + 2 * self.kv_heads) + self.heads + self.kv_heads + head;
                 let value = self.qkv.cast::<T>().add(place * self.dim);
@@ -250,78 +270,24 @@ impl Step {
         }
     }
 
+    /// Head `head` of the rows of one tile.
     #[inline(always)]
-    unsafe fn attend<V: Lanes, T: Stored>(&self, row: &Row, head: usize, scores: &mut [f32]) {
-        let dim = self.dim;
-        let first = head / (self.heads / self.kv_heads) * row.head_stride;
-        let slot = |at: usize| if at < row.before { at } else { row.line[at - row.before] };
+    unsafe fn attend<V: Lanes, T: Stored>(&self, rows: &[Row], head: usize, room: &mut Room) {
+        let (dim, first) = (self.dim, &rows[0]);
+        let offset = head / (self.heads / self.kv_heads) * first.head_stride;
+        let queries = room.queries(rows.len(), dim);
         unsafe {
-            let (keys, values) = (row.keys.cast::<T>().cast_const().add(first), row.values.cast::<T>().cast_const().add(first));
-            let mut query = [0f32; DIM_MAX];
-            self.rotated::<V, T>(row.row, head, self.query_norm, &mut query);
-            let scale = 1.0 / (dim as f32).sqrt();
-            let mut best = f32::NEG_INFINITY;
-            for (at, score) in scores.iter_mut().enumerate() {
-                *score = dot::<V, T>(keys.add(slot(at) * dim), query.as_ptr(), dim) * scale;
-                best = best.max(*score);
+            for (row, query) in rows.iter().zip(queries.chunks_exact_mut(dim)) {
+                self.rotated::<V, T>(row.row, head, self.query_norm, query);
             }
-            for score in scores.iter_mut() {
-                *score = exp(*score - best);
-            }
-            let total = sum::<V>(scores);
-            let out = self.out.cast::<T>().add((row.row * self.heads + head) * dim);
-            let whole = dim / LANES * LANES;
-            let mut lane = 0;
-            // Four vectors of the head at a time: the sums do not wait for one another.
-            while lane + 4 * LANES <= whole {
-                let mut sums = [V::zero(); 4];
-                for (at, score) in scores.iter().enumerate() {
-                    let (value, weight) = (values.add(slot(at) * dim + lane), V::splat(*score));
-                    for (part, sum) in sums.iter_mut().enumerate() {
-                        *sum = T::load::<V>(value.add(part * LANES)).multiply_add(weight, *sum);
-                    }
-                }
-                for (part, sum) in sums.iter().enumerate() {
-                    put(out.add(lane + part * LANES), sum.store(), total);
-                }
-                lane += 4 * LANES;
-            }
-            while lane < whole {
-                let mut sum = V::zero();
-                for (at, score) in scores.iter().enumerate() {
-                    sum = T::load::<V>(values.add(slot(at) * dim + lane)).multiply_add(V::splat(*score), sum);
-                }
-                put(out.add(lane), sum.store(), total);
-                lane += LANES;
-            }
-            for lane in whole..dim {
-                let mut sum = 0f32;
-                for (at, score) in scores.iter().enumerate() {
-                    sum = (*values.add(slot(at) * dim + lane)).widen().mul_add(*score, sum);
-                }
-                *out.add(lane) = T::narrow(sum / total);
-            }
+            let place = Place {
+                keys: first.keys.cast::<T>().cast_const().add(offset),
+                values: first.values.cast::<T>().cast_const().add(offset),
+                out: self.out.cast::<T>().add(head * dim),
+                stride: self.heads * dim,
+                dim,
+            };
+            place.attend::<V>(rows, room);
         }
-    }
-}
-
-#[inline(always)]
-unsafe fn put<T: Stored>(out: *mut T, sums: [f32; LANES], total: f32) {
-    for (lane, sum) in sums.into_iter().enumerate() {
-        unsafe { *out.add(lane) = T::narrow(sum / total) };
-    }
-}
-
-#[inline(always)]
-unsafe fn sum<V: Lanes>(numbers: &[f32]) -> f32 {
-    let whole = numbers.len() / LANES * LANES;
-    unsafe {
-        let (mut sum, one) = (V::zero(), V::splat(1.0));
-        let mut at = 0;
-        while at < whole {
-            sum = V::load(numbers.as_ptr().add(at)).multiply_add(one, sum);
-            at += LANES;
-        }
-        numbers[whole..].iter().fold(fold(sum.store()), |total, number| total + number)
     }
 }

@@ -234,7 +234,7 @@ impl Stored for u16 {
     }
 }
 
-/// The scalar product of `length` numbers: whole vectors lane by lane, then the rest one by one.
+/// The scalar product of `length` numbers, in the order of [`super::product`].
 #[inline(always)]
 pub unsafe fn dot<V: Lanes, T: Stored>(stored: *const T, with: *const f32, length: usize) -> f32 {
     let whole = length / LANES * LANES;
@@ -245,11 +245,13 @@ pub unsafe fn dot<V: Lanes, T: Stored>(stored: *const T, with: *const f32, lengt
             sum = T::load::<V>(stored.add(at)).multiply_add(V::load(with.add(at)), sum);
             at += LANES;
         }
-        let mut total = sum.total();
-        for at in whole..length {
-            total = (*stored.add(at)).widen().mul_add(*with.add(at), total);
+        if whole < length {
+            let (mut rest, mut rest_with) = ([T::ZERO; LANES], [0f32; LANES]);
+            std::ptr::copy_nonoverlapping(stored.add(whole), rest.as_mut_ptr(), length - whole);
+            std::ptr::copy_nonoverlapping(with.add(whole), rest_with.as_mut_ptr(), length - whole);
+            sum = T::load::<V>(rest.as_ptr()).multiply_add(V::load(rest_with.as_ptr()), sum);
         }
-        total
+        sum.total()
     }
 }
 
@@ -271,7 +273,11 @@ pub fn fold(mut lanes: [f32; LANES]) -> f32 {
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    // In a number of this size the last bit counts ones: adding it rounds, and leaves the whole number in the lowest bits. A
+    // conversion by `as` would be checked number by number.
+    const WHOLE: f32 = 12_582_912.0;
+    let shifted = x * std::f32::consts::LOG2_E + WHOLE;
+    let n = shifted - WHOLE;
     // ln 2 in two parts, the first short enough for the product to be exact.
     let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
     let mut p = 1.987_569_2e-4f32;
@@ -279,7 +285,7 @@ pub fn exp(x: f32) -> f32 {
         p = p.mul_add(r, c);
     }
     let p = p.mul_add(r * r, r) + 1.0;
-    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    p * f32::from_bits(shifted.to_bits().wrapping_sub(WHOLE.to_bits()).wrapping_add(127) << 23)
 }
 
 #[cfg(test)]

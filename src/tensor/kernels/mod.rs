@@ -10,6 +10,7 @@
 //!
 //! Work is split over libtorch's own threads (OpenMP), so that two pools never fight for the cores.
 
+mod attend;
 pub mod attention;
 mod lanes;
 pub mod linear;

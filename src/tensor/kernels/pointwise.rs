@@ -29,7 +29,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Option<Tensor>,
         half: x.kind() == Kind::BFloat16,
     };
     // SAFETY: contiguous tensors of these sizes and types, which outlive the call.
-    unsafe { launch(&norm, norm.rows > 1 && x.numel() >= PARALLEL_FROM) };
+    unsafe { launch(&norm, norm.rows > 1 && x.numel() >= 4 * PARALLEL_FROM) };
     Ok(Some(out))
 }
 

@@ -25,8 +25,9 @@ pub struct Product {
     pub input: *const c_void,
     /// `[outputs, inputs]` in f32 or bf16.
     pub weight: *const c_void,
-    /// `[rows, outputs]` in the weight's type.
+    /// `[rows, outputs]` in the weight's type, each row `stride` behind the last one.
     pub out: *mut c_void,
+    pub stride: usize,
     pub rows: usize,
     pub inputs: usize,
     pub outputs: usize,
@@ -53,11 +54,22 @@ impl Kernel for Product {
                 return pairs(self, thread, threads);
             }
             if self.half {
-                run::<V, Single<u16>>(self, thread, threads);
+                run::<V, Single<u16, u16>>(self, thread, threads);
             } else {
-                run::<V, Single<f32>>(self, thread, threads);
+                run::<V, Single<f32, f32>>(self, thread, threads);
             }
         }
+    }
+}
+
+impl Product {
+    /// The whole product with a weight of type `T` in this thread, its results in f32: queries with keys.
+    ///
+    /// # Safety
+    /// As for [`Kernel::share`].
+    #[inline(always)]
+    pub unsafe fn alone<V: Lanes, T: Stored>(&self) {
+        unsafe { run::<V, Single<T, f32>>(self, 0, 1) }
     }
 }
 
@@ -74,6 +86,7 @@ unsafe fn pairs(product: &Product, thread: usize, threads: usize) {
 trait Format<V> {
     type Input: Stored;
     type Weight: Stored;
+    type Out: Stored;
     type Vector: Copy;
     /// Inputs in a vector.
     const STEP: usize;
@@ -83,11 +96,12 @@ trait Format<V> {
 }
 
 /// Number by number, in f32.
-struct Single<T>(PhantomData<T>);
+struct Single<T, O>(PhantomData<(T, O)>);
 
-impl<V: Lanes, T: Stored> Format<V> for Single<T> {
+impl<V: Lanes, T: Stored, O: Stored> Format<V> for Single<T, O> {
     type Input = f32;
     type Weight = T;
+    type Out = O;
     type Vector = V;
     const STEP: usize = LANES;
 
@@ -119,6 +133,7 @@ mod x86 {
     impl Format<__m512> for Pairs {
         type Input = u16;
         type Weight = u16;
+        type Out = u16;
         type Vector = __m512i;
         const STEP: usize = 32;
 
@@ -145,10 +160,10 @@ mod x86 {
 /// Goes through the tasks of one thread: a tile of the input's rows with a group of the weight's.
 #[inline(always)]
 unsafe fn run<V: Lanes, F: Format<V>>(product: &Product, thread: usize, threads: usize) {
-    let Product { rows, inputs, outputs, .. } = *product;
+    let Product { rows, inputs, outputs, stride, .. } = *product;
     let length = inputs.next_multiple_of(F::STEP);
     let (mut input, weight, out) =
-        (product.input.cast::<F::Input>(), product.weight.cast::<F::Weight>(), product.out.cast::<F::Weight>());
+        (product.input.cast::<F::Input>(), product.weight.cast::<F::Weight>(), product.out.cast::<F::Out>());
     let (mut padded, mut filled, mut open) = (vec![], vec![], vec![]);
     if length != inputs {
         unsafe { pad(&mut padded, input, rows, inputs, length) };
@@ -168,7 +183,7 @@ unsafe fn run<V: Lanes, F: Format<V>>(product: &Product, thread: usize, threads:
                 filled.resize(GROUP * length, F::Weight::ZERO);
                 weight = filled.as_ptr();
             }
-            let group = Group { weight, input, out: out.add(first), length, outputs, count };
+            let group = Group { weight, input, out: out.add(first), length, stride, count };
             group.rows::<V, F>(start(tile)..start(tile + 1), &mut open);
         }
     }
@@ -183,21 +198,21 @@ unsafe fn pad<T: Stored>(out: &mut Vec<T>, from: *const T, rows: usize, width: u
 }
 
 /// Sixteen rows of the weight, and where their results go.
-struct Group<W, X> {
+struct Group<W, X, O> {
     weight: *const W,
     input: *const X,
-    out: *mut W,
+    out: *mut O,
     /// Of a row of the weight or of the input.
     length: usize,
-    outputs: usize,
+    stride: usize,
     /// Rows of the weight that are wanted.
     count: usize,
 }
 
-impl<W: Stored, X: Stored> Group<W, X> {
+impl<W: Stored, X: Stored, O: Stored> Group<W, X, O> {
     /// Meets `rows` of the input, piece by piece where rows are long; `open` keeps the sums meanwhile.
     #[inline(always)]
-    unsafe fn rows<V: Lanes, F: Format<V, Weight = W, Input = X>>(&self, rows: Range<usize>, open: &mut Vec<V>) {
+    unsafe fn rows<V: Lanes, F: Format<V, Weight = W, Input = X, Out = O>>(&self, rows: Range<usize>, open: &mut Vec<V>) {
         let pieces = if rows.len() > 4 { (self.length * size_of::<W>()).div_ceil(PIECE) } else { 1 };
         let piece = self.length.div_ceil(pieces).next_multiple_of(F::STEP);
         unsafe {
@@ -221,7 +236,7 @@ impl<W: Stored, X: Stored> Group<W, X> {
     /// `M` rows of the input with the whole group, `P` times four rows at a time. Goes on from the sums in `open`, unless it is the
     /// first piece, leaves them there, unless it is the last, and returns what is behind them.
     #[inline(always)]
-    unsafe fn sums<V: Lanes, F: Format<V, Weight = W, Input = X>, const M: usize, const P: usize>(
+    unsafe fn sums<V: Lanes, F: Format<V, Weight = W, Input = X, Out = O>, const M: usize, const P: usize>(
         &self,
         row: usize,
         range: &Range<usize>,
@@ -238,7 +253,7 @@ impl<W: Stored, X: Stored> Group<W, X> {
                 if range.end < self.length {
                     *open = sums;
                 } else {
-                    let out = self.out.add(row * self.outputs + first);
+                    let out = self.out.add(row * self.stride + first);
                     self.put::<V, M, P>(&sums, out, (4 * P).min(self.count - first));
                 }
                 open = open.wrapping_add(1);
@@ -250,7 +265,7 @@ impl<W: Stored, X: Stored> Group<W, X> {
 
     /// Adds to the sums of four rows of the weight, from `first` on, with `M` of the input, from `row` on.
     #[inline(always)]
-    unsafe fn dots<V: Lanes, F: Format<V, Weight = W, Input = X>, const M: usize>(
+    unsafe fn dots<V: Lanes, F: Format<V, Weight = W, Input = X, Out = O>, const M: usize>(
         &self,
         first: usize,
         row: usize,
@@ -279,7 +294,7 @@ impl<W: Stored, X: Stored> Group<W, X> {
 
     /// Writes the totals of the sums, `count` to a row.
     #[inline(always)]
-    unsafe fn put<V: Lanes, const M: usize, const P: usize>(&self, sums: &[[[V; 4]; M]; P], out: *mut W, count: usize) {
+    unsafe fn put<V: Lanes, const M: usize, const P: usize>(&self, sums: &[[[V; 4]; M]; P], out: *mut O, count: usize) {
         unsafe {
             let mut lines = [V::zero(); LANES];
             for (part, sums) in sums.iter().enumerate() {
@@ -289,9 +304,9 @@ impl<W: Stored, X: Stored> Group<W, X> {
                     }
                 }
             }
-            let totals = V::totals(lines).map(W::narrow);
+            let totals = V::totals(lines).map(O::narrow);
             for (m, totals) in totals.chunks_exact(4 * P).take(M).enumerate() {
-                let out = out.add(m * self.outputs);
+                let out = out.add(m * self.stride);
                 // A known count spares a call.
                 if count == 4 * P {
                     std::ptr::copy_nonoverlapping(totals.as_ptr(), out, 4 * P);

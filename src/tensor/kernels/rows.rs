@@ -9,7 +9,7 @@ use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Fewer numbers are not worth other threads.
-const PARALLEL_FROM: usize = 1 << 15;
+const PARALLEL_FROM: usize = 1 << 13;
 
 /// The best token of each row of `logits: [rows, vocab]` and its probability among all, those of `forbidden` left out and `biases`
 /// added; or `None` where libtorch should do it. A row with a number that is not finite has a probability that is not, either.
@@ -71,25 +71,26 @@ impl Choice<'_> {
                 *logit = f32::NEG_INFINITY;
             }
         }
+        let (lines, rest) = logits.as_chunks::<LANES>();
         let mut lanes = [f32::NEG_INFINITY; LANES];
-        for chunk in logits.chunks(LANES) {
-            for (best, logit) in lanes.iter_mut().zip(chunk) {
+        for line in lines {
+            for (best, logit) in lanes.iter_mut().zip(line) {
                 *best = if *logit > *best { *logit } else { *best };
             }
         }
-        let best = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+        let best = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
         let Some(token) = logits.iter().position(|logit| *logit == best).filter(|_| broken == 0 && best.is_finite()) else {
             return (0, f64::NAN);
         };
         logits[token] = f32::NEG_INFINITY;
+        let (lines, rest) = logits.as_chunks::<LANES>();
         let mut sums = [0f32; LANES];
-        let whole = logits.len() / LANES * LANES;
-        for chunk in logits[..whole].chunks_exact(LANES) {
-            for (sum, logit) in sums.iter_mut().zip(chunk) {
+        for line in lines {
+            for (sum, logit) in sums.iter_mut().zip(line) {
                 *sum += exp(*logit - best);
             }
         }
-        let rest: f32 = logits[whole..].iter().map(|logit| exp(*logit - best)).sum();
+        let rest: f32 = rest.iter().map(|logit| exp(*logit - best)).sum();
         (token as u32, 1.0 / (1.0 + f64::from(fold(sums)) + f64::from(rest)))
     }
 }
