@@ -12,7 +12,7 @@ use lacuna::model::{Layout, RandomWeights, Segment, Transformer};
 use lacuna::tensor::kernels::attention::{Seen, Shared, Span, attention as attend};
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor, kernels};
 
-const ROWS: [i64; 6] = [1, 2, 4, 6, 8, 16];
+const ROWS: [usize; 7] = [1, 2, 4, 8, 16, 32, 80];
 
 fn random(shape: &[i64], kind: Kind) -> Tensor {
     Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
@@ -136,7 +136,7 @@ fn steps(criterion: &mut Criterion) {
             };
             let _logits = run(&[1; 48], &cache);
             cache.keep(&(0..48).collect::<Vec<_>>()).unwrap();
-            let tokens = vec![1; rows as usize];
+            let tokens = vec![1; rows];
             group.bench_function(BenchmarkId::new("rows", rows), |bencher| bencher.iter(|| run(&tokens, &cache)));
         }
     }

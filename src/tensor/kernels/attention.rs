@@ -239,14 +239,13 @@ impl Step {
                 let weight = std::slice::from_raw_parts(norm.cast::<T>(), dim);
                 normalise::<V, T>(x, weight, self.eps, |at, value| out[at] = value);
             }
-            let cos = std::slice::from_raw_parts(self.cos.add(row * dim), dim).split_at(half);
-            let sin = std::slice::from_raw_parts(self.sin.add(row * dim), dim).split_at(half);
-            let turns = cos.0.iter().zip(cos.1).zip(sin.0.iter().zip(sin.1));
-            let (low, high) = out.split_at_mut(half);
-            for ((low, high), ((cos_low, cos_high), (sin_low, sin_high))) in low.iter_mut().zip(high).zip(turns) {
-                let (x, y) = (*low, *high);
-                *low = x * cos_low - y * sin_low;
-                *high = y * cos_high + x * sin_high;
+            let (out, cos, sin) = (out.as_mut_ptr(), self.cos.add(row * dim), self.sin.add(row * dim));
+            let whole = half / EIGHT * EIGHT;
+            for at in (0..whole).step_by(EIGHT) {
+                turn::<EIGHT>(out.add(at), cos.add(at), sin.add(at), half);
+            }
+            for at in whole..half {
+                turn::<1>(out.add(at), cos.add(at), sin.add(at), half);
             }
         }
     }
@@ -289,5 +288,19 @@ impl Step {
             };
             place.attend::<V>(rows, room);
         }
+    }
+}
+
+/// Numbers that turn together: a count that is known becomes a vector.
+const EIGHT: usize = 8;
+
+/// Turns `N` numbers of a head's first half with those `half` behind them.
+#[inline(always)]
+unsafe fn turn<const N: usize>(out: *mut f32, cos: *const f32, sin: *const f32, half: usize) {
+    unsafe {
+        let pair = |from: *const f32| (from.cast::<[f32; N]>().read(), from.add(half).cast::<[f32; N]>().read());
+        let ((x, y), (cos_x, cos_y), (sin_x, sin_y)) = (pair(out), pair(cos), pair(sin));
+        out.cast::<[f32; N]>().write(std::array::from_fn(|at| x[at] * cos_x[at] - y[at] * sin_x[at]));
+        out.add(half).cast::<[f32; N]>().write(std::array::from_fn(|at| y[at] * cos_y[at] + x[at] * sin_y[at]));
     }
 }
