@@ -74,7 +74,7 @@ fn mixed(model: &ModelInfo, count: u64) -> Vec<Request> {
             options.diffusion.block_length = Some(length);
             options.diffusion.cache = Some(cache[index as usize / 2 % 3]);
             options.diffusion.threshold = Some([0.9, 0.99][index as usize % 2]);
-            options.diffusion.cfg_scale = (index % 7 == 6).then_some(0.5).filter(|_| index / 2 % 3 == 0);
+            options.diffusion.cfg_scale = (index % 7 == 6).then_some(0.5).filter(|_| (index / 2).is_multiple_of(3));
         } else {
             let kinds = [None, Some(DrafterKind::Redrafter), None, Some(DrafterKind::Medusa), Some(DrafterKind::Lookup)];
             options.autoregressive.drafter = kinds[index as usize % 5].map(DrafterChoice::Use);

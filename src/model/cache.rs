@@ -6,7 +6,7 @@
 
 use super::ModelError;
 use crate::checkpoint::config::ModelConfig;
-use crate::tensor::{Kind, Placement, Tensor};
+use crate::tensor::{Kind, Placement, Tensor, kernels};
 
 /// Keys (rotated) and values of every layer.
 pub struct KvCache {
@@ -21,7 +21,10 @@ impl KvCache {
     /// Room for `capacity` positions.
     pub fn new(config: &ModelConfig, placement: Placement, capacity: usize) -> Result<Self, ModelError> {
         let shape = [config.layers, 2, config.kv_heads, capacity, config.head_dim].map(|n| n as i64);
-        let data = Tensor::f_zeros(shape, (placement.dtype.kind(), placement.device))?;
+        let options = (placement.dtype.kind(), placement.device);
+        // libtorch's attention also multiplies what a mask hides, which therefore has to be a number; our kernel never looks there.
+        let own = kernels::attention::fits(options.0, options.1, config.head_dim);
+        let data = if own { Tensor::f_empty(shape, options)? } else { Tensor::f_zeros(shape, options)? };
         let view = |layer: i64| -> Result<_, ModelError> {
             let layer = data.f_get(layer)?;
             Ok((layer.f_get(0)?, layer.f_get(1)?))

@@ -115,7 +115,7 @@ impl Linear {
     }
 }
 
-/// `x · weightᵀ + bias`, by our own kernel where it has few rows.
+/// `x · weightᵀ + bias`, by our own kernel where there is one.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, ModelError> {
     match kernels::linear::linear(x, weight, bias)? {
         Some(out) => Ok(out),
