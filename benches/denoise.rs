@@ -45,7 +45,7 @@ fn selection(criterion: &mut Criterion) {
     let uniforms: Vec<f64> = candidates.iter().map(|c| c.score).collect();
     let rules = [
         ("count", Rule::Count(8)),
-        ("threshold", Rule::Threshold(0.9)),
+        ("threshold", Rule::Threshold { threshold: 0.9, least: 1 }),
         ("factor", Rule::Factor(1.0)),
         ("entropy bound", Rule::EntropyBound(1.0)),
     ];

@@ -15,6 +15,7 @@ const END: u32 = 98;
 fn parameters(commit: Commit) -> Parameters {
     Parameters {
         block_length: 1000,
+        sub_blocks: None,
         order: Order::Confidence,
         order_temperature: 0.0,
         commit,

@@ -57,6 +57,7 @@ fn f32_forward_agrees_with_the_originals_within_1e5_in_norm() {
         let runs: &[(&str, Attention)] = match config.attention {
             Attention::Full => &[("", Attention::Full)],
             Attention::Causal => &[("", Attention::Causal), ("_full", Attention::Full)],
+            Attention::BlockCausal => panic!("{name}: see block_diffusion.rs"),
         };
         for (suffix, attention) in runs {
             config.attention = *attention;
@@ -264,6 +265,7 @@ fn decode(model: &Transformer, case: &Value) -> Vec<Vec<u32>> {
     }
     let parameters = Parameters {
         block_length: count("block_length").unwrap_or(canvas.len()),
+        sub_blocks: None,
         order,
         order_temperature: 0.0,
         commit,

@@ -51,6 +51,8 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
     pub attention: Attention,
+    /// Tokens that see one another, where attention is block-causal.
+    pub block_length: Option<usize>,
     /// Row `i` of the logits predicts token `i + 1`.
     pub shift: bool,
     /// As `config.json` says, if it does. [`super::Checkpoint`] resolves the rest.
@@ -114,6 +116,14 @@ impl ModelConfig {
             let Bias::IfSet(fields) = bias else { return Ok(true) };
             fields.iter().try_fold(false, |set, field| Ok(set | flag(json, field)?.unwrap_or(false)))
         };
+        let max_positions = size(keys.max_positions)?;
+        let block_length = match &family.blocks {
+            Some(blocks) if json.get(blocks.field).is_some_and(|length| !length.is_null()) => Some(size(blocks.field)?),
+            blocks => blocks.as_ref().map(|blocks| blocks.length),
+        };
+        if let Some(length) = block_length.filter(|length| *length > max_positions) {
+            return Err(format!("blocks of {length} tokens are longer than {} = {max_positions}", keys.max_positions));
+        }
         Ok(Self {
             family,
             hidden_size,
@@ -128,10 +138,11 @@ impl ModelConfig {
             qkv_bias: bias(family.qkv_bias)?,
             output_bias: bias(family.output_bias)?,
             mlp_bias: bias(family.mlp_bias)?,
-            max_positions: size(keys.max_positions)?,
+            max_positions,
             rope_theta,
             rope_scaling,
             attention: if causal { family.attention } else { Attention::Full },
+            block_length: block_length.filter(|_| causal),
             // A body turned bidirectional and trained as a masked model predicts the token at its own position, unless its
             // config says otherwise (a Dream saved under its body's name).
             shift: flag(json, "shift_logits")?.unwrap_or(family.shift && (causal || family.attention == Attention::Full)),
@@ -157,6 +168,8 @@ pub struct GenerationConfig {
     pub max_new_tokens: Option<usize>,
     /// The `diffusion` object: our own extension, holding the decoder's defaults for this model.
     pub diffusion: Option<Value>,
+    /// Likewise ours: the parts of a block that are filled one after another, for block-causal models.
+    pub sub_block_length: Option<usize>,
     /// The `autoregressive` object, likewise.
     pub autoregressive: Option<Value>,
 }
@@ -184,6 +197,7 @@ impl GenerationConfig {
             top_k: token_id(json, "top_k")?.filter(|k| *k > 0),
             max_new_tokens: token_id(json, "max_new_tokens")?.map(|n| n as usize),
             diffusion: json.get("diffusion").filter(|value| !value.is_null()).cloned(),
+            sub_block_length: token_id(json, "sub_block_length")?.map(|n| n as usize),
             autoregressive: json.get("autoregressive").filter(|value| !value.is_null()).cloned(),
         })
     }

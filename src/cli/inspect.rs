@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use super::load::{open, progress};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::model::family::Attention;
 use crate::model::manifest;
 use crate::tensor::{Dtype, Placement};
 
@@ -96,7 +95,7 @@ fn facts(checkpoint: &Checkpoint) -> Vec<(&'static str, Value)> {
         ("tokenizer_size", json!(tokenizer.size())),
         ("context", json!(config.max_positions)),
         ("parameters", json!(config.parameters())),
-        ("attention", json!(if config.attention == Attention::Full { "full" } else { "causal" })),
+        ("attention", json!(config.attention.name())),
         ("shifted_logits", json!(config.shift)),
         ("tied_head", json!(config.tied)),
         ("dtype_stored", json!(files.stored_types())),

@@ -63,6 +63,11 @@ impl Canvas {
         self.prompt
     }
 
+    /// What masked cells hold.
+    pub fn mask(&self) -> u32 {
+        self.mask
+    }
+
     /// Prompt and canvas, `[prompt + canvas]`.
     pub fn sequence(&self) -> &[u32] {
         &self.tokens
@@ -85,6 +90,14 @@ impl Canvas {
     /// Blocks of `block_length` cells that hold a masked one.
     pub fn blocks_to_fill(&self, block_length: usize) -> usize {
         self.cells.chunks(block_length.max(1)).filter(|block| block.contains(&Cell::Masked)).count()
+    }
+
+    /// Likewise of units of the whole sequence, prompt included.
+    pub fn units_to_fill(&self, length: usize) -> usize {
+        let unit = |cell: usize| (self.prompt + cell) / length.max(1);
+        let mut units: Vec<usize> = self.masked(0..self.len()).map(unit).collect();
+        units.dedup();
+        units.len()
     }
 
     /// Cells from the left without a masked one: what can be given out as text.

@@ -16,8 +16,7 @@ use super::sequence::Sequence;
 use super::{Event, Failure, IDLE, Job, Method, Reply, Request, State, StepError};
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::autoregressive::{Autoregressive, DrafterKind};
-use crate::decode::diffusion::Diffusion;
-use crate::decode::{Decoder, Purpose, Window};
+use crate::decode::{Decoder, Purpose, Window, diffusion};
 use crate::draft::Drafters;
 use crate::model::{ModelError, Transformer};
 
@@ -110,7 +109,7 @@ impl Worker {
         state: Arc<State>,
         prefix_tokens: usize,
     ) -> Self {
-        let prefixes = Prefixes::new(prefix_tokens, 1);
+        let prefixes = Prefixes::new(prefix_tokens, model.config().block_length.unwrap_or(1));
         let (waiting, residents, lingering) = (HashMap::new(), vec![], vec![]);
         Self { model, drafters, tokenizer, jobs, state, waiting, residents, lingering, prefixes }
     }
@@ -207,7 +206,10 @@ impl Worker {
         let begun = guarded(|| {
             let (ends, drafts, logprobs) = (method.ends().to_vec(), method.drafts(), method.sampling().alternatives > 0);
             let decoder: Box<dyn Decoder> = match method {
-                Method::Diffusion(parameters) => Box::new(Diffusion::new(parameters, canvas, self.model.config().attention)),
+                Method::Diffusion(parameters) => {
+                    let config = self.model.config();
+                    diffusion::decoder(parameters, canvas, config.attention, config.shift)
+                }
                 Method::Autoregressive(parameters) => {
                     let adaptation = match drafts.filter(|drafts| drafts.adapt) {
                         Some(drafts) => self.drafters.adaptation(drafts.drafter, &self.model)?,

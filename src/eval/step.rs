@@ -105,6 +105,7 @@ fn sequence(model: &Transformer, options: &Options, prompt: &[u32]) -> Sequence 
     let mask = model.config().mask_token_id.unwrap_or(0);
     let parameters = Parameters {
         block_length: options.canvas,
+        sub_blocks: None,
         order: Order::Confidence,
         order_temperature: 0.0,
         commit: Commit::Threshold(0.9),

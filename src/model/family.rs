@@ -9,6 +9,30 @@ pub enum Attention {
     Full,
     /// A token sees itself and what precedes it (autoregression).
     Causal,
+    /// A token sees the whole of its own block and of those before it (block diffusion). How long blocks are is the model's.
+    BlockCausal,
+}
+
+impl Attention {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Causal => "causal",
+            Self::BlockCausal => "block_causal",
+        }
+    }
+}
+
+/// The blocks of a block-causal family, and how its authors fill them where nobody says otherwise.
+#[derive(Debug)]
+pub struct Blocks {
+    /// What `config.json` calls a block's length, and what it is where that is absent.
+    pub field: &'static str,
+    pub length: usize,
+    /// Cells of a block that are filled before those behind them, where not all are filled together.
+    pub sub_block: Option<usize>,
+    /// Confidence at which a token is taken.
+    pub threshold: f64,
 }
 
 /// Whether a projection carries a bias.
@@ -65,6 +89,8 @@ pub struct Family {
     pub keys: &'static Keys,
     pub names: &'static Names,
     pub attention: Attention,
+    /// Of block-causal families.
+    pub blocks: Option<Blocks>,
     /// Row `i` of the logits predicts token `i + 1` (Dream, and every autoregressive body).
     pub shift: bool,
     pub qkv_bias: Bias,
@@ -140,6 +166,7 @@ const LLAMA: Family = Family {
     keys: &HF_KEYS,
     names: &HF_NAMES,
     attention: Attention::Causal,
+    blocks: None,
     shift: true,
     qkv_bias: Bias::IfSet(&["attention_bias"]),
     output_bias: Bias::IfSet(&["attention_bias"]),
@@ -152,7 +179,8 @@ const LLAMA: Family = Family {
     requires: &[("hidden_act", "silu")],
 };
 
-/// Every family that can be loaded. Sources: the authors' modelling files (ML-GSAI/LLaDA, DreamLM/Dream) and `transformers`.
+/// Every family that can be loaded. Sources: the authors' modelling files (ML-GSAI/LLaDA, DreamLM/Dream, JetAstra/SDAR,
+/// NVlabs/Fast-dLLM) and `transformers`.
 pub static FAMILIES: &[Family] = &[
     Family {
         name: "llada",
@@ -201,6 +229,30 @@ pub static FAMILIES: &[Family] = &[
         mask_token_id: Some(151_666),
         output_bias: Bias::IfSet(&[]),
         requires: &[("hidden_act", "silu"), ("use_sliding_window", "false"), ("use_mrope", "false")],
+        ..LLAMA
+    },
+    Family {
+        name: "sdar",
+        architectures: &["SDARForCausalLM"],
+        model_types: &["sdar"],
+        attention: Attention::BlockCausal,
+        blocks: Some(Blocks { field: "block_size", length: 4, sub_block: None, threshold: 0.85 }),
+        shift: false,
+        qk_norm: true,
+        mask_token_id: Some(151_669),
+        requires: &[("hidden_act", "silu"), ("use_sliding_window", "false")],
+        ..LLAMA
+    },
+    Family {
+        name: "fast_dllm_v2",
+        architectures: &["Fast_dLLM_QwenForCausalLM"],
+        model_types: &["Fast_dLLM_Qwen"],
+        attention: Attention::BlockCausal,
+        blocks: Some(Blocks { field: "bd_size", length: 32, sub_block: Some(8), threshold: 0.9 }),
+        qkv_bias: Bias::Always,
+        output_bias: Bias::IfSet(&[]),
+        mask_token_id: Some(151_665),
+        requires: &[("hidden_act", "silu"), ("use_sliding_window", "false")],
         ..LLAMA
     },
     LLAMA,

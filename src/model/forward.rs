@@ -112,6 +112,7 @@ impl Transformer {
         }
         let mut visible = start + length;
         let seen = match segment.layout {
+            Layout::Whole(Attention::BlockCausal) => return Err(ModelError::Torch(super::BY_SPANS.into())),
             Layout::Whole(attention) => {
                 positions.extend(0..length);
                 let full = attention == Attention::Full;

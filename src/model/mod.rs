@@ -123,6 +123,9 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
 }
 
+/// Only who cut the text into blocks knows who sees whom.
+const BY_SPANS: &str = "a block-causal sequence is run by spans over a cache";
+
 struct Layer {
     attention_norm: Tensor,
     /// Queries, keys and values in one product.
@@ -195,6 +198,9 @@ impl Transformer {
     /// Final hidden states (after the last norm) of `tokens: [batch, seq]` (i64): `[batch, seq, hidden]`. For training, and as the
     /// plain form that [`Transformer::forward`] is held to.
     pub fn hidden(&self, tokens: &Tensor, attention: Attention) -> Result<Tensor, ModelError> {
+        if attention == Attention::BlockCausal {
+            return Err(ModelError::Torch(BY_SPANS.into()));
+        }
         let (_, length) = tokens.size2()?;
         let angles = self.rotary.window(0, length as usize, self.placement.dtype.kind())?;
         self.stack(tokens, |_, layer, qkv| self.attend_whole(layer, qkv, &angles, attention == Attention::Causal))

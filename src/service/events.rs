@@ -140,6 +140,7 @@ fn diffusion(parameters: &diffusion::Parameters) -> proto::Diffusion {
         order_temperature: Some(parameters.order_temperature),
         cfg_scale: Some(parameters.cfg_scale),
         cache: convert::cache(match parameters.cache.map(|cache| cache.kind) {
+            None if parameters.sub_blocks.is_some_and(|sub| sub.cached) => CacheChoice::Dual,
             None => CacheChoice::Off,
             Some(CacheKind::Prefix) => CacheChoice::Prefix,
             Some(CacheKind::Dual) => CacheChoice::Dual,
@@ -164,6 +165,10 @@ fn diffusion(parameters: &diffusion::Parameters) -> proto::Diffusion {
             diffusion.independent = Some(independent);
         }
         Commit::Threshold(threshold) => diffusion.threshold = Some(threshold),
+        Commit::Dynamic { threshold, steps } => {
+            diffusion.threshold = Some(threshold);
+            diffusion.steps = Some(steps as u64);
+        }
         Commit::Factor(factor) => diffusion.factor = Some(factor),
         Commit::EntropyBound(bound) => diffusion.entropy_bound = Some(bound),
     }

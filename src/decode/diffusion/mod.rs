@@ -1,10 +1,12 @@
 //! Masked diffusion: a [`Decoder`] that fills the holes of a canvas, block by block, a few cells a step.
 //!
-//! One machine serves LLaDA's `generate.py`, Dream's `diffusion_generate` and Fast-dLLM's parallel rules; they differ in
+//! [`Diffusion`] serves LLaDA's `generate.py`, Dream's `diffusion_generate` and Fast-dLLM's parallel rules; they differ in
 //! [`Parameters`] only. Forwards are whole sequences, so that the machine is exact for fully bidirectional models. It spends no
-//! forward on a complete canvas, and none on a step whose schedule commits nothing.
+//! forward on a complete canvas, and none on a step whose schedule commits nothing. [`block`] serves block-causal models over a cache.
 
+pub mod block;
 pub mod cache;
+mod pace;
 pub mod schedule;
 pub mod select;
 
@@ -18,7 +20,9 @@ use super::{
     Decoder, Edit, FinishReason, Guidance, Noise, Pattern, Purpose, RowStatistics, Sampling, Status, Step, Wanted, Window, mix,
 };
 use crate::model::family::Attention;
+use block::{BlockDiffusion, SubBlocks};
 use cache::{Cache, over_all};
+use pace::Pace;
 use select::{Candidate, Order, Rule, select};
 
 /// How many cells a step commits.
@@ -35,6 +39,11 @@ pub enum Commit {
         independent: bool,
     },
     Threshold(f64),
+    /// SDAR's `low_confidence_dynamic`: by threshold, and at least what the linear schedule would.
+    Dynamic {
+        threshold: f64,
+        steps: usize,
+    },
     Factor(f64),
     EntropyBound(f64),
 }
@@ -53,6 +62,8 @@ pub struct EndOfText {
 pub struct Parameters {
     /// Cells of a block; blocks are filled from left to right.
     pub block_length: usize,
+    /// Of block-causal models alone.
+    pub sub_blocks: Option<SubBlocks>,
     pub order: Order,
     /// Draws the order by softmax(score / temperature) rather than taking the best (Dream's `alg_temp`); 0 is off.
     pub order_temperature: f64,
@@ -68,6 +79,56 @@ pub struct Parameters {
     pub seed: u64,
 }
 
+/// The decoder for a network of this kind; `shift` says that logits predict the token behind them.
+pub fn decoder(parameters: Parameters, canvas: Canvas, attention: Attention, shift: bool) -> Box<dyn Decoder> {
+    match attention {
+        Attention::BlockCausal => Box::new(BlockDiffusion::new(parameters, canvas, shift)),
+        Attention::Full | Attention::Causal => Box::new(Diffusion::new(parameters, canvas, attention)),
+    }
+}
+
+/// Commits what `rule` chooses of the `open` cells and tells what each of them has become. `uniforms` has a number for every cell of
+/// the canvas.
+fn fill(
+    canvas: &mut Canvas,
+    parameters: &Parameters,
+    open: &[usize],
+    rows: &[RowStatistics],
+    rule: Rule,
+    uniforms: &[f64],
+) -> Vec<Edit> {
+    assert_eq!(open.len(), rows.len(), "one row of statistics for each wanted position");
+    let candidates: Vec<Candidate> = open
+        .iter()
+        .zip(rows)
+        .map(|(cell, row)| Candidate::new(parameters.order, row, uniforms[*cell], *cell, parameters.order_temperature))
+        .collect();
+    let draws: Vec<f64> = open.iter().map(|cell| uniforms[*cell]).collect();
+    let mut status = vec![Status::Provisional; open.len()];
+    for chosen in select(&candidates, rule, &draws) {
+        status[chosen] = Status::Committed;
+        canvas.commit(open[chosen], rows[chosen].token);
+    }
+    let edit = |((cell, row), status): ((&usize, &RowStatistics), Status)| Edit {
+        position: *cell,
+        token: row.token,
+        status,
+        confidence: row.confidence,
+        alternatives: row.alternatives.clone(),
+    };
+    open.iter().zip(rows).zip(status).map(edit).collect()
+}
+
+/// Whether a canvas is filled, or filled up to where its text ends.
+fn finished(canvas: &Canvas, end: &EndOfText) -> Option<FinishReason> {
+    let frontier = canvas.frontier();
+    match canvas.first_end(&end.ids) {
+        Some(first) if end.finish_early && frontier >= first => Some(FinishReason::Stop),
+        Some(_) if frontier == canvas.len() => Some(FinishReason::Stop),
+        _ => (frontier == canvas.len()).then_some(FinishReason::Length),
+    }
+}
+
 /// A canvas being filled.
 pub struct Diffusion {
     parameters: Parameters,
@@ -79,30 +140,14 @@ pub struct Diffusion {
     block: usize,
     /// The block for which the whole sequence has been run.
     refreshed: Option<usize>,
-    /// Place in the schedule of the current block.
-    block_step: usize,
-    /// Masked cells when the current block began.
-    block_masked: usize,
-    /// Blocks that had a masked cell at the start: the steps are shared among these.
-    blocks: usize,
+    pace: Pace,
 }
 
 impl Diffusion {
     pub fn new(parameters: Parameters, canvas: Canvas, attention: Attention) -> Self {
         let rng = ChaCha8Rng::seed_from_u64(parameters.seed);
-        let blocks = canvas.blocks_to_fill(parameters.block_length);
-        let mut decoder = Self {
-            parameters,
-            canvas,
-            attention,
-            rng,
-            step: 0,
-            block: 0,
-            refreshed: None,
-            block_step: 0,
-            block_masked: 0,
-            blocks,
-        };
+        let pace = Pace::new(parameters.commit, canvas.blocks_to_fill(parameters.block_length));
+        let mut decoder = Self { parameters, canvas, attention, rng, step: 0, block: 0, refreshed: None, pace };
         decoder.enter_block();
         decoder.skip_idle_steps();
         decoder
@@ -131,46 +176,14 @@ impl Diffusion {
         while self.finished().is_none() && self.open_cells().is_empty() {
             self.block += 1;
         }
-        self.block_step = 0;
-        self.block_masked = if self.finished().is_none() { self.canvas.masked(self.block_range()).count() } else { 0 };
-    }
-
-    /// Steps that one block gets of those for the whole canvas; never none.
-    fn block_steps(&self, steps: usize) -> usize {
-        (steps / self.blocks.max(1)).max(1)
-    }
-
-    /// How many cells of `open` masked ones the schedule commits in the current step; `None` where the scores decide.
-    fn scheduled(&self, open: usize) -> Option<usize> {
-        match self.parameters.commit {
-            Commit::Linear { steps } => {
-                let steps = self.block_steps(steps);
-                let behind = self.block_step >= steps;
-                Some(if behind { open } else { schedule::linear(self.block_masked, steps, self.block_step) })
-            }
-            Commit::Timesteps { steps, eps, independent: false } => {
-                Some(schedule::timestep_count(open, self.block_steps(steps), eps, self.block_step))
-            }
-            _ => None,
-        }
+        let masked = if self.finished().is_none() { self.canvas.masked(self.block_range()).count() } else { 0 };
+        self.pace.begin(masked);
     }
 
     /// A forward whose result would not be used is not run. Only a schedule of counts can have such steps.
     fn skip_idle_steps(&mut self) {
-        while self.finished().is_none() && self.scheduled(self.open_cells().len()) == Some(0) {
-            self.block_step += 1;
-        }
-    }
-
-    fn rule(&self, open: usize) -> Rule {
-        match self.parameters.commit {
-            Commit::Timesteps { steps, eps, independent: true } => {
-                Rule::Probability(f64::from(schedule::timestep_share(self.block_steps(steps), eps, self.block_step)))
-            }
-            Commit::Threshold(threshold) => Rule::Threshold(threshold),
-            Commit::Factor(factor) => Rule::Factor(factor),
-            Commit::EntropyBound(bound) => Rule::EntropyBound(bound),
-            Commit::Linear { .. } | Commit::Timesteps { .. } => Rule::Count(self.scheduled(open).unwrap_or(open)),
+        while self.finished().is_none() && self.pace.scheduled(self.open_cells().len()) == Some(0) {
+            self.pace.advance();
         }
     }
 
@@ -183,30 +196,10 @@ impl Diffusion {
     pub fn advance_with(&mut self, rows: &[RowStatistics], uniforms: &[f64]) -> Step {
         self.refreshed = Some(self.block);
         let open = self.open_cells();
-        assert_eq!(open.len(), rows.len(), "one row of statistics for each wanted position");
-        let parameters = &self.parameters;
-        let candidates: Vec<Candidate> = open
-            .iter()
-            .zip(rows)
-            .map(|(cell, row)| Candidate::new(parameters.order, row, uniforms[*cell], *cell, parameters.order_temperature))
-            .collect();
-        let draws: Vec<f64> = open.iter().map(|cell| uniforms[*cell]).collect();
-        let mut status = vec![Status::Provisional; open.len()];
-        for chosen in select(&candidates, self.rule(open.len()), &draws) {
-            status[chosen] = Status::Committed;
-            self.canvas.commit(open[chosen], rows[chosen].token);
-        }
-        let edit = |((cell, row), status): ((&usize, &RowStatistics), Status)| Edit {
-            position: *cell,
-            token: row.token,
-            status,
-            confidence: row.confidence,
-            alternatives: row.alternatives.clone(),
-        };
-        let edits = open.iter().zip(rows).zip(status).map(edit).collect();
+        let edits = fill(&mut self.canvas, &self.parameters, &open, rows, self.pace.rule(open.len()), uniforms);
         let step = Step { step: self.step, block: self.block, edits };
         self.step += 1;
-        self.block_step += 1;
+        self.pace.advance();
         if self.finished().is_none() && self.open_cells().is_empty() {
             self.enter_block();
         }
@@ -254,13 +247,7 @@ impl Decoder for Diffusion {
     }
 
     fn finished(&self) -> Option<FinishReason> {
-        let end = &self.parameters.end_of_text;
-        match self.canvas.first_end(&end.ids) {
-            Some(first) if end.finish_early && self.canvas.frontier() >= first => return Some(FinishReason::Stop),
-            Some(_) if self.canvas.frontier() == self.canvas.len() => return Some(FinishReason::Stop),
-            _ => {}
-        }
-        (self.canvas.frontier() == self.canvas.len()).then_some(FinishReason::Length)
+        finished(&self.canvas, &self.parameters.end_of_text)
     }
 
     fn canvas(&self) -> &Canvas {

@@ -24,8 +24,8 @@ pub enum Rule {
     Count(usize),
     /// Each on its own with this probability (Dream's `origin`); possibly none.
     Probability(f64),
-    /// Every cell whose score reaches the threshold, and in any case the best (Fast-dLLM, arXiv 2505.22618).
-    Threshold(f64),
+    /// Every cell whose score reaches the threshold, and in any case the best (Fast-dLLM, arXiv 2505.22618), or so many of them.
+    Threshold { threshold: f64, least: usize },
     /// The largest `n` with `(n + 1) · (1 − score of the n-th) < factor`, and at least one (Fast-dLLM).
     Factor(f64),
     /// The `n` best whose entropies, save the largest of them, sum to at most the bound, and at least one (EB-sampler,
@@ -75,7 +75,9 @@ pub fn select(candidates: &[Candidate], rule: Rule, uniforms: &[f64]) -> Vec<usi
             order.retain(|index| uniforms[*index] < probability);
             order.len()
         }
-        Rule::Threshold(threshold) => order.iter().take_while(|index| score(index) >= threshold).count().max(1),
+        Rule::Threshold { threshold, least } => {
+            order.iter().take_while(|index| score(index) >= threshold).count().max(least).max(1)
+        }
         Rule::Factor(factor) => {
             let reaches = |n: &usize| (*n as f64 + 1.0) * (1.0 - score(&order[n - 1])) < factor;
             (1..=order.len()).take_while(reaches).last().unwrap_or(1)
@@ -112,10 +114,13 @@ mod tests {
     }
 
     #[test]
-    fn threshold_always_commits_one() {
-        assert_eq!(select(&candidates(&[0.2, 0.3, 0.1]), Rule::Threshold(0.9), &[]), [1]);
-        assert_eq!(select(&candidates(&[0.95, 0.3, 0.9]), Rule::Threshold(0.9), &[]), [0, 2]);
-        assert_eq!(select(&[], Rule::Threshold(0.9), &[]), [0usize; 0]);
+    fn threshold_always_commits_one_or_as_many_as_it_must() {
+        let rule = |least| Rule::Threshold { threshold: 0.9, least };
+        assert_eq!(select(&candidates(&[0.2, 0.3, 0.1]), rule(0), &[]), [1]);
+        assert_eq!(select(&candidates(&[0.95, 0.3, 0.9]), rule(1), &[]), [0, 2]);
+        assert_eq!(select(&candidates(&[0.2, 0.3, 0.1, 0.25]), rule(3), &[]), [1, 3, 0]);
+        assert_eq!(select(&candidates(&[0.95, 0.3, 0.9]), rule(9), &[]), [0, 2, 1]);
+        assert_eq!(select(&[], rule(1), &[]), [0usize; 0]);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 use super::{CFG_SCALE_MAX, GenerateOptions, Invalid, ModelInfo, STEPS_MAX, TEMPERATURE_MAX, invalid, number, sampling, whole};
 use crate::decode::canvas::{Canvas, Piece};
+use crate::decode::diffusion::block::SubBlocks;
 use crate::decode::diffusion::cache::{Cache, CacheKind};
 use crate::decode::diffusion::select::Order;
 use crate::decode::diffusion::{Commit, EndOfText, Parameters};
@@ -121,13 +122,26 @@ pub fn parameters(
         }
         None => DiffusionOptions::default(),
     };
+    if let Some(blocks) = model.config.family.blocks.as_ref().filter(|_| model.config.block_length.is_some()) {
+        let rule = defaults.steps.is_some() || defaults.factor.is_some() || defaults.entropy_bound.is_some();
+        defaults.threshold = defaults.threshold.or((!rule).then_some(blocks.threshold));
+    }
     if fixed_behind_hole(pieces) {
         // An end-of-text inside a hole would cut off the fixed text behind it, so it is not chosen unless a request insists.
         defaults.suppress_end = defaults.suppress_end.or(Some(!model.generation.eos_token_ids.is_empty()));
     }
     let parameters = settings(model, options, defaults, canvas.len())?;
-    if let Commit::Linear { steps } | Commit::Timesteps { steps, .. } = parameters.commit {
-        let blocks = canvas.blocks_to_fill(parameters.block_length);
+    let whole = canvas.sequence().len().next_multiple_of(parameters.block_length);
+    if model.config.block_length.is_some() && whole > model.context {
+        let field = if options.template.is_empty() { "max_new_tokens" } else { "template" };
+        let reason = format!("prompt and canvas fill blocks of {whole} tokens, the model's context is {}", model.context);
+        return invalid(field, reason);
+    }
+    if let Commit::Linear { steps } | Commit::Timesteps { steps, .. } | Commit::Dynamic { steps, .. } = parameters.commit {
+        let blocks = match (model.config.block_length, parameters.sub_blocks) {
+            (None, _) => canvas.blocks_to_fill(parameters.block_length),
+            (Some(_), sub) => canvas.units_to_fill(sub.map_or(parameters.block_length, |sub| sub.length)),
+        };
         if steps < blocks {
             return invalid("steps", format!("{steps} steps cannot fill {blocks} blocks: ask for more, or for longer blocks"));
         }
@@ -161,10 +175,12 @@ fn settings(
     // A request that says how to commit replaces the model's default rule as a whole; order and the rest fall back one by one.
     let rules = [asked.steps.is_some(), asked.threshold.is_some(), asked.factor.is_some(), asked.entropy_bound.is_some()];
     let rules = rules.iter().filter(|set| **set).count();
-    if rules > 1 {
+    // SDAR's dynamic rule is both: by threshold, and no slower than the steps.
+    let dynamic = model.config.block_length.is_some() && rules == 2 && asked.steps.is_some() && asked.threshold.is_some();
+    if rules > 1 && !dynamic {
         return invalid("diffusion", "steps, threshold, factor and entropy_bound exclude one another");
     }
-    let rule = if rules == 1 { asked } else { &defaults };
+    let rule = if rules > 0 { asked } else { &defaults };
     let order = asked.order.or(defaults.order).unwrap_or(Order::Confidence);
     let commit = commit(asked, rule, &defaults, order, canvas)?;
     let ends = model.generation.eos_token_ids.clone();
@@ -179,18 +195,33 @@ fn settings(
     if need_ends("late_end", asked.late_end.or(defaults.late_end))? {
         sampling.unconfident.clone_from(&ends);
     }
-    // Dream draws and judges under the same filtered distribution; LLaDA judges under the plain one.
-    sampling.filtered_confidence = model.config.shift;
+    // Dream and the block-causal families draw and judge under the same filtered distribution; LLaDA judges under the plain one.
+    sampling.filtered_confidence = model.config.shift || model.config.block_length.is_some();
     sampling.margin = order == Order::Margin;
     sampling.entropy = order == Order::Entropy || matches!(commit, Commit::EntropyBound(_));
     let block_length = whole("block_length", asked.block_length.or(defaults.block_length), u64::from(u32::MAX))?;
     let cfg_scale = number("cfg_scale", asked.cfg_scale.or(defaults.cfg_scale), 0.0..=CFG_SCALE_MAX)?.unwrap_or(0.0);
-    let cache = asked.cache.or(defaults.cache).unwrap_or(CacheChoice::Off).kind();
-    if cfg_scale != 0.0 && cache.is_some() {
+    let cache = asked.cache.or(defaults.cache).unwrap_or(CacheChoice::Off);
+    if cfg_scale != 0.0 && cache != CacheChoice::Off {
         return invalid("cache", "guidance runs whole sequences: leave one of cache and cfg_scale unset");
     }
+    let (block_length, sub_blocks, cache) = match model.config.block_length {
+        None => {
+            let cache = cache.kind().map(|kind| Cache { kind, lead: usize::from(model.config.shift) });
+            (block_length.unwrap_or(canvas).min(canvas), None, cache)
+        }
+        Some(length) if block_length.is_some_and(|asked| asked != length) => {
+            return invalid("block_length", format!("the model was trained on blocks of {length} tokens: leave it unset"));
+        }
+        Some(_) if cfg_scale != 0.0 => {
+            return invalid("cfg_scale", "guidance runs whole sequences, a block-causal model never does: leave it unset");
+        }
+        // What is before the block is kept in any case.
+        Some(length) => (length, sub_blocks(model, length, cache)?, None),
+    };
     Ok(Parameters {
-        block_length: block_length.unwrap_or(canvas).min(canvas),
+        block_length,
+        sub_blocks,
         order,
         order_temperature: number(
             "order_temperature",
@@ -200,12 +231,33 @@ fn settings(
         .unwrap_or(0.0),
         commit,
         cfg_scale,
-        cache: cache.map(|kind| Cache { kind, lead: usize::from(model.config.shift) }),
+        cache,
         deterministic: asked.deterministic.or(defaults.deterministic).unwrap_or(false),
         sampling,
         end_of_text: EndOfText { ids: ends, finish_early: asked.finish_early.or(defaults.finish_early).unwrap_or(true) },
         seed: options.sampling.seed.unwrap_or_else(rand::random),
     })
+}
+
+/// The model's own sub-blocks, in blocks of `length`; a request only says whether their keys are used again.
+fn sub_blocks(model: &ModelInfo, length: usize, cache: CacheChoice) -> Result<Option<SubBlocks>, Invalid> {
+    let usual = model.config.family.blocks.as_ref().and_then(|blocks| blocks.sub_block);
+    let sub = model.generation.sub_block_length.or(usual.map(|usual| usual.min(length)));
+    match (sub, cache) {
+        (Some(sub), _) if !length.is_multiple_of(sub) => {
+            invalid("sub_block_length", format!("blocks of {length} tokens do not divide into parts of {sub}"))
+        }
+        (Some(sub), CacheChoice::Off | CacheChoice::Dual) => {
+            Ok(Some(SubBlocks { length: sub, cached: cache == CacheChoice::Dual }))
+        }
+        (None, CacheChoice::Off) => Ok(None),
+        (Some(_), CacheChoice::Prefix) => {
+            invalid("cache", "the model keeps what is before a block in any case: use dual to run parts of a block alone")
+        }
+        (None, _) => {
+            invalid("cache", "the model keeps what is before a block in any case, and its blocks have no parts: leave it unset")
+        }
+    }
 }
 
 fn commit(
@@ -231,7 +283,10 @@ fn commit(
         return invalid("order", "threshold and factor compare probabilities: use order confidence or margin with them");
     }
     if let Some(threshold) = number("threshold", rule.threshold, 0.0..=1.0)? {
-        return Ok(Commit::Threshold(threshold));
+        return Ok(match whole("steps", rule.steps, STEPS_MAX)? {
+            Some(steps) => Commit::Dynamic { threshold, steps },
+            None => Commit::Threshold(threshold),
+        });
     }
     if let Some(factor) = number("factor", rule.factor, 0.0..=1000.0)? {
         return Ok(Commit::Factor(factor));
