@@ -349,7 +349,7 @@ fn a_reader_that_never_looks_gets_the_newest_state_and_the_whole_text() {
     let request = validate(&model, asked).unwrap();
     let (mut canvas, expected) = (request.canvas.clone(), collect(engine.submit(request.clone()).unwrap()));
     let mut slow = engine.submit(request).unwrap();
-    wait("it waits for its reader", || engine.load().residents == 0);
+    wait("it waits for its reader", || engine.load().residents + engine.load().waiting == 0);
     assert_eq!(engine.active(), 1, "its reader has not taken everything");
     let (mut ids, mut steps, mut last) = (vec![], 0, None);
     while let Some(event) = slow.blocking_recv() {

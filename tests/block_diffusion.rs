@@ -225,6 +225,26 @@ fn fast_dllm_v2_is_decoded_as_its_authors_do_token_for_token() {
     assert_eq!(cases.len(), 18);
 }
 
+/// Keys of finished blocks, stored from their final tokens in the forward of the next block's first step, are what computing all of
+/// it anew in every step would give.
+#[test]
+fn what_is_kept_is_what_would_be_computed_anew() {
+    for (name, block, sub) in [("sdar", 4, None), ("fast-dllm-v2", 32, Some(SubBlocks { length: 8, cached: false }))] {
+        let model = load(name, F32);
+        for prompt in [&[20, 30, 40, 50, 60][..], &[9; 8], &[3]] {
+            let mut parameters = greedy(&model, block, Commit::Threshold(0.6), Order::Confidence);
+            parameters.sub_blocks = sub;
+            let kept = decode(&model, parameters.clone(), prompt, &[Piece::Hole(43)]);
+            parameters.anew = true;
+            let anew = decode(&model, parameters, prompt, &[Piece::Hole(43)]);
+            assert_eq!(kept.sequence, anew.sequence, "{name}");
+            assert!(anew.windows.iter().all(|window| matches!(window.pattern, Pattern::Span { start: 0, .. })));
+            let tokens = |windows: &[Window]| windows.iter().map(|window| window.tokens.len()).sum::<usize>();
+            assert!(tokens(&kept.windows) < tokens(&anew.windows), "{name}: nothing was saved");
+        }
+    }
+}
+
 /// Text before a hole is seen by it, wherever it stands; text behind it is seen within the block.
 #[test]
 fn fixed_text_stands_and_is_seen_within_its_block() {
@@ -247,6 +267,7 @@ fn parameters(commit: Commit) -> Parameters {
     Parameters {
         block_length: 4,
         sub_blocks: None,
+        anew: false,
         order: Order::Confidence,
         order_temperature: 0.0,
         commit,
@@ -621,7 +642,8 @@ fn collect(engine: &Engine, requests: Vec<Request>) -> Vec<(BTreeMap<usize, u32>
 #[test]
 fn sequences_share_forwards_and_beginnings_and_nothing_else() {
     for name in ["sdar", "fast-dllm-v2"] {
-        let model = info(name, json!({"diffusion": {"cache": if name == "sdar" { "off" } else { "dual" }}}), 256);
+        let settings = if name == "sdar" { json!({}) } else { json!({"cache": "dual"}) };
+        let model = info(name, json!({ "diffusion": settings }), 256);
         let requests = || -> Vec<Request> {
             let prompts = [1, 70, 64, 77, 100].map(|length| (0..length).map(|at| 3 + at * 7 % 140).collect::<Vec<u32>>());
             let ask = |prompt: Vec<u32>| {

@@ -16,6 +16,7 @@ fn parameters(commit: Commit) -> Parameters {
     Parameters {
         block_length: 1000,
         sub_blocks: None,
+        anew: false,
         order: Order::Confidence,
         order_temperature: 0.0,
         commit,

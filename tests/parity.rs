@@ -266,6 +266,7 @@ fn decode(model: &Transformer, case: &Value) -> Vec<Vec<u32>> {
     let parameters = Parameters {
         block_length: count("block_length").unwrap_or(canvas.len()),
         sub_blocks: None,
+        anew: false,
         order,
         order_temperature: 0.0,
         commit,

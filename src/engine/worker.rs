@@ -164,13 +164,12 @@ impl Worker {
             !over
         });
         let residents = std::mem::take(&mut self.residents);
-        for mut resident in residents {
+        for resident in residents {
             match resident.reader.ended(&self.state) {
                 None => self.residents.push(resident),
                 Some(failure) => {
                     debug!(request = resident.reader.name, %failure, "ended early");
-                    resident.reader.fail(failure);
-                    self.leave(resident);
+                    self.leave(resident, |reader| reader.fail(failure));
                 }
             }
         }
@@ -232,11 +231,13 @@ impl Worker {
         });
         match begun {
             Ok((sequence, residence, drafter, events)) => {
-                reader.take(events);
-                let resident = Resident { reader, sequence, residence, drafter, stored: false, since: Instant::now() };
+                let mut resident = Resident { reader, sequence, residence, drafter, stored: false, since: Instant::now() };
                 match resident.sequence.finish_reason() {
-                    None => self.residents.push(resident),
-                    Some(_) => self.leave(resident),
+                    None => {
+                        resident.reader.take(events);
+                        self.residents.push(resident);
+                    }
+                    Some(_) => self.leave(resident, |reader| reader.take(events)),
                 }
             }
             Err(reason) => {
@@ -283,17 +284,18 @@ impl Worker {
         for (mut resident, result) in residents.into_iter().zip(results) {
             match result.unwrap_or(Ok(vec![])) {
                 Ok(events) => {
-                    resident.reader.take(events);
                     self.remember(&mut resident);
                     match resident.sequence.finish_reason() {
-                        None => self.residents.push(resident),
-                        Some(_) => self.leave(resident),
+                        None => {
+                            resident.reader.take(events);
+                            self.residents.push(resident);
+                        }
+                        Some(_) => self.leave(resident, |reader| reader.take(events)),
                     }
                 }
                 Err(reason) => {
                     error!(request = resident.reader.name, %reason, "a step failed");
-                    resident.reader.fail(reason.failure());
-                    self.leave(resident);
+                    self.leave(resident, |reader| reader.fail(reason.failure()));
                 }
             }
         }
@@ -313,9 +315,11 @@ impl Worker {
         }
     }
 
-    /// A sequence is over: its memory is free at once, and what it saw of its drafter is where the next one begins.
-    fn leave(&mut self, resident: Resident) {
-        let Resident { reader, sequence, drafter, since, .. } = resident;
+    /// A sequence is over: its memory is free at once, and what it saw of its drafter is where the next one begins. All of that is so
+    /// before its reader is told by `last`.
+    fn leave(&mut self, resident: Resident, last: impl FnOnce(&mut Reader)) {
+        let Resident { mut reader, sequence, residence, drafter, since, .. } = resident;
+        drop(residence);
         let mut book = self.state.book();
         let stay = since.elapsed().as_secs_f64();
         book.stay = if book.stay == 0.0 { stay } else { book.stay + SMOOTHING * (stay - book.stay) };
@@ -326,6 +330,8 @@ impl Worker {
         if let (Some(kind), Some(seen)) = (drafter, sequence.decoder().adaptation()) {
             self.drafters.learn(kind, seen);
         }
+        self.state.book().scheduler.linger(reader.id);
+        last(&mut reader);
         self.linger(reader);
     }
 

@@ -106,6 +106,7 @@ fn sequence(model: &Transformer, options: &Options, prompt: &[u32]) -> Sequence 
     let parameters = Parameters {
         block_length: options.canvas,
         sub_blocks: None,
+        anew: false,
         order: Order::Confidence,
         order_temperature: 0.0,
         commit: Commit::Threshold(0.9),

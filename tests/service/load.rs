@@ -150,7 +150,7 @@ async fn requests_are_cancelled_or_given_up() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_shows_as_rejected() {
-    let server = start(Limits { resident: 1, queued: 1 }, ServeOptions::default()).await;
+    let server = start(Limits { resident: 1, queued: 1, ..Limits::default() }, ServeOptions::default()).await;
     server.serving().await;
     let flags = "--max-new-tokens 32 --steps 32 --no-finish-early --suppress-end --count 1";
     let report = measured(&server, &format!("{flags} --concurrency 8 --warm-up 0 --requests 8")).await;

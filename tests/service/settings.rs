@@ -1,6 +1,6 @@
 //! Started tells the settings in force: the request's own, else the model's, else the documented ones.
 
-use lacuna::service::proto::{Diffusion, GenerateRequest, Order, Sampling, Schedule, Stopping};
+use lacuna::service::proto::{Diffusion, DiffusionCache, GenerateRequest, Order, Sampling, Schedule, Stopping};
 
 use crate::harness::{generate, request, server, with_diffusion};
 
@@ -27,6 +27,8 @@ async fn started_tells_the_settings_in_force() {
         finish_early: Some(false),
         suppress_end: Some(true),
         late_end: Some(false),
+        cache: DiffusionCache::Off.into(),
+        deterministic: Some(false),
         ..Diffusion::default()
     };
     let sampling = Sampling {

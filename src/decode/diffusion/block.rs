@@ -116,6 +116,9 @@ impl BlockDiffusion {
         let (block, start) = (self.block(), self.start());
         let pending = start - self.stored;
         let ask = self.shift && start > 0 && self.first() == start;
+        if self.parameters.anew {
+            return if ask { Turn::Store { end: start, ask } } else { Turn::Block };
+        }
         if pending > 0 && (ask || pending > block) {
             let end = start.min(self.stored + (CHUNK / block).max(1) * block);
             return Turn::Store { end, ask: ask && end == start };
@@ -196,8 +199,10 @@ impl Decoder for BlockDiffusion {
             Turn::Block => start,
             Turn::Refine => self.stored,
         };
-        self.kept = (0..stored - self.stored).collect();
-        self.stored = stored;
+        if !self.parameters.anew {
+            self.kept = (0..stored - self.stored).collect();
+            self.stored = stored;
+        }
         let edits = if let Turn::Store { .. } = turn {
             self.take(&asked, rows)
         } else {
@@ -226,7 +231,7 @@ impl Decoder for BlockDiffusion {
     }
 
     fn resumable(&self) -> bool {
-        true
+        !self.parameters.anew
     }
 
     fn resume(&mut self, cached: usize) {

@@ -72,6 +72,8 @@ pub struct Parameters {
     pub cfg_scale: f64,
     /// Keys are used again within a block; `None` is exact.
     pub cache: Option<Cache>,
+    /// A block-causal model computes finished blocks anew in every step, as if it could not keep them: the same text, for comparison.
+    pub anew: bool,
     /// Run every step in a forward of its own where rows that are run together depend on one another.
     pub deterministic: bool,
     pub sampling: Sampling,

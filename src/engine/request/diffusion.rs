@@ -201,13 +201,13 @@ fn settings(
     sampling.entropy = order == Order::Entropy || matches!(commit, Commit::EntropyBound(_));
     let block_length = whole("block_length", asked.block_length.or(defaults.block_length), u64::from(u32::MAX))?;
     let cfg_scale = number("cfg_scale", asked.cfg_scale.or(defaults.cfg_scale), 0.0..=CFG_SCALE_MAX)?.unwrap_or(0.0);
-    let cache = asked.cache.or(defaults.cache).unwrap_or(CacheChoice::Off);
-    if cfg_scale != 0.0 && cache != CacheChoice::Off {
+    let cache = asked.cache.or(defaults.cache);
+    if cfg_scale != 0.0 && cache.is_some_and(|cache| cache != CacheChoice::Off) {
         return invalid("cache", "guidance runs whole sequences: leave one of cache and cfg_scale unset");
     }
     let (block_length, sub_blocks, cache) = match model.config.block_length {
         None => {
-            let cache = cache.kind().map(|kind| Cache { kind, lead: usize::from(model.config.shift) });
+            let cache = cache.and_then(CacheChoice::kind).map(|kind| Cache { kind, lead: usize::from(model.config.shift) });
             (block_length.unwrap_or(canvas).min(canvas), None, cache)
         }
         Some(length) if block_length.is_some_and(|asked| asked != length) => {
@@ -216,7 +216,6 @@ fn settings(
         Some(_) if cfg_scale != 0.0 => {
             return invalid("cfg_scale", "guidance runs whole sequences, a block-causal model never does: leave it unset");
         }
-        // What is before the block is kept in any case.
         Some(length) => (length, sub_blocks(model, length, cache)?, None),
     };
     Ok(Parameters {
@@ -232,6 +231,7 @@ fn settings(
         commit,
         cfg_scale,
         cache,
+        anew: model.config.block_length.is_some() && asked.cache.or(defaults.cache) == Some(CacheChoice::Off),
         deterministic: asked.deterministic.or(defaults.deterministic).unwrap_or(false),
         sampling,
         end_of_text: EndOfText { ids: ends, finish_early: asked.finish_early.or(defaults.finish_early).unwrap_or(true) },
@@ -240,22 +240,22 @@ fn settings(
 }
 
 /// The model's own sub-blocks, in blocks of `length`; a request only says whether their keys are used again.
-fn sub_blocks(model: &ModelInfo, length: usize, cache: CacheChoice) -> Result<Option<SubBlocks>, Invalid> {
+fn sub_blocks(model: &ModelInfo, length: usize, cache: Option<CacheChoice>) -> Result<Option<SubBlocks>, Invalid> {
     let usual = model.config.family.blocks.as_ref().and_then(|blocks| blocks.sub_block);
     let sub = model.generation.sub_block_length.or(usual.map(|usual| usual.min(length)));
     match (sub, cache) {
         (Some(sub), _) if !length.is_multiple_of(sub) => {
             invalid("sub_block_length", format!("blocks of {length} tokens do not divide into parts of {sub}"))
         }
-        (Some(sub), CacheChoice::Off | CacheChoice::Dual) => {
-            Ok(Some(SubBlocks { length: sub, cached: cache == CacheChoice::Dual }))
+        (Some(sub), None | Some(CacheChoice::Off | CacheChoice::Dual)) => {
+            Ok(Some(SubBlocks { length: sub, cached: cache == Some(CacheChoice::Dual) }))
         }
-        (None, CacheChoice::Off) => Ok(None),
-        (Some(_), CacheChoice::Prefix) => {
-            invalid("cache", "the model keeps what is before a block in any case: use dual to run parts of a block alone")
+        (None, None | Some(CacheChoice::Off)) => Ok(None),
+        (Some(_), Some(CacheChoice::Prefix)) => {
+            invalid("cache", "the model keeps what is before a block anyway: use dual to run parts of a block alone")
         }
-        (None, _) => {
-            invalid("cache", "the model keeps what is before a block in any case, and its blocks have no parts: leave it unset")
+        (None, Some(_)) => {
+            invalid("cache", "the model keeps what is before a block anyway, and its blocks have no parts: leave it unset")
         }
     }
 }
