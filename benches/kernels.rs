@@ -9,7 +9,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use lacuna::checkpoint::config::ModelConfig;
 use lacuna::model::cache::KvCache;
 use lacuna::model::{Layout, RandomWeights, Segment, Transformer};
-use lacuna::tensor::kernels::attention::{Seen, Shared, Span, attention as attend};
+use lacuna::tensor::kernels::attention::{Seen, Shared, Slots, Span, attention as attend};
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor, kernels};
 
 const ROWS: [usize; 7] = [1, 2, 4, 8, 16, 32, 80];
@@ -71,8 +71,8 @@ fn attention(criterion: &mut Criterion) {
                 let (start, rows) = ((slots - rows) as usize, rows as usize);
                 let shape = format!("{rows} over {slots}");
                 group.bench_function(BenchmarkId::new("ours", &shape), |bencher| {
-                    let (keys, values, seen) = (&keys, &values, Seen::First(&sees));
-                    bencher.iter(|| attend(&shared, &[Span { rows: 0..rows, keys, values, start, seen }]).unwrap().unwrap());
+                    let (slots, seen) = (&Slots::of(&keys, &values).unwrap(), Seen::First(&sees));
+                    bencher.iter(|| attend(&shared, &[Span { rows: 0..rows, slots, start, seen }]).unwrap().unwrap());
                 });
                 let query = random(&[1, kv_heads, heads / kv_heads * rows as i64, dim], kind);
                 let (keys, values) = (keys.unsqueeze(0), values.unsqueeze(0));

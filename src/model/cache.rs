@@ -6,7 +6,8 @@
 
 use super::ModelError;
 use crate::checkpoint::config::ModelConfig;
-use crate::tensor::{Kind, Placement, Tensor, kernels};
+use crate::tensor::kernels::attention::{self, Slots};
+use crate::tensor::{Kind, Placement, Tensor};
 
 /// Keys (rotated) and values of every layer.
 pub struct KvCache {
@@ -14,6 +15,8 @@ pub struct KvCache {
     data: Tensor,
     /// Views of `data` for each layer: keys and values, `[kv_heads, capacity, head_dim]`.
     layers: Vec<(Tensor, Tensor)>,
+    /// The same for our own kernel; empty where it does not run.
+    slots: Vec<Slots>,
     length: usize,
 }
 
@@ -23,14 +26,15 @@ impl KvCache {
         let shape = [config.layers, 2, config.kv_heads, capacity, config.head_dim].map(|n| n as i64);
         let options = (placement.dtype.kind(), placement.device);
         // libtorch's attention also multiplies what a mask hides, which therefore has to be a number; our kernel never looks there.
-        let own = kernels::attention::fits(options.0, options.1, config.head_dim);
+        let own = attention::fits(options.0, options.1, config.head_dim);
         let data = if own { Tensor::f_empty(shape, options)? } else { Tensor::f_zeros(shape, options)? };
         let view = |layer: i64| -> Result<_, ModelError> {
             let layer = data.f_get(layer)?;
             Ok((layer.f_get(0)?, layer.f_get(1)?))
         };
-        let layers = (0..config.layers as i64).map(view).collect::<Result<_, _>>()?;
-        Ok(Self { data, layers, length: 0 })
+        let layers: Vec<(Tensor, Tensor)> = (0..config.layers as i64).map(view).collect::<Result<_, ModelError>>()?;
+        let slots = layers.iter().filter_map(|(keys, values)| if own { Slots::of(keys, values) } else { None }).collect();
+        Ok(Self { data, layers, slots, length: 0 })
     }
 
     /// Positions kept.
@@ -52,10 +56,9 @@ impl KvCache {
         self.data.numel() * self.data.kind().elt_size_in_bytes()
     }
 
-    /// All of a layer's keys and values, `[kv_heads, capacity, head_dim]`, for a kernel that writes them itself.
-    pub(super) fn layer(&self, layer: usize) -> (Tensor, Tensor) {
-        let (keys, values) = &self.layers[layer];
-        (keys.shallow_clone(), values.shallow_clone())
+    /// All of a layer's keys and values, for a kernel that writes them itself.
+    pub(super) fn slots(&self, layer: usize) -> Option<&Slots> {
+        self.slots.get(layer)
     }
 
     /// Writes `key` and `value` (`[1, kv_heads, seq, head_dim]`) of `layer` from position `start` on, and gives the first `visible`

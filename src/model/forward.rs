@@ -48,8 +48,7 @@ struct Plan<'a> {
     seen: Sight<'a>,
     /// For libtorch, `[groups · rows, visible]`; `None` where every row sees all that is visible.
     mask: Option<Tensor>,
-    /// Keys and values of a whole sequence, `[2, kv_heads, rows, dim]`: every layer's in turn.
-    scratch: Option<Tensor>,
+    scratch: Option<kernel::Slots>,
 }
 
 enum Sight<'a> {
@@ -153,7 +152,8 @@ impl Transformer {
         let scratch = match segment.cache {
             None if own => {
                 let shape = [2, self.config.kv_heads, length, self.config.head_dim].map(|n| n as i64);
-                Some(Tensor::f_empty(shape, (self.placement.dtype.kind(), self.placement.device))?)
+                let data = Tensor::f_empty(shape, (self.placement.dtype.kind(), self.placement.device))?;
+                kernel::Slots::of(&data.f_get(0)?, &data.f_get(1)?)
             }
             _ => None,
         };
@@ -200,29 +200,19 @@ impl Transformer {
             norms: layer.qk_norm.as_ref().map(|(query, key)| (query, key)),
             eps: c.norm_eps,
         };
-        let span = |plan: &Plan| -> Result<_, ModelError> {
-            let (keys, values) = match (&plan.scratch, plan.cache) {
-                (Some(scratch), _) => (scratch.f_get(0)?, scratch.f_get(1)?),
-                (None, Some(cache)) => cache.layer(index),
-                (None, None) => return Err(ModelError::Torch("a segment has no place for its keys".into())),
+        fn span<'a>(plan: &'a Plan, index: usize) -> Option<kernel::Span<'a>> {
+            let slots = match &plan.scratch {
+                Some(scratch) => scratch,
+                None => plan.cache?.slots(index)?,
             };
-            Ok((keys, values))
-        };
-        let places = plans.iter().map(span).collect::<Result<Vec<_>, _>>()?;
-        let spans: Vec<kernel::Span> = plans
-            .iter()
-            .zip(&places)
-            .map(|(plan, (keys, values))| kernel::Span {
-                rows: plan.rows.clone(),
-                keys,
-                values,
-                start: plan.start,
-                seen: match &plan.seen {
-                    Sight::First(sees) => Seen::First(sees),
-                    Sight::Ancestors(parents) => Seen::Ancestors(parents),
-                },
-            })
-            .collect();
+            let seen = match &plan.seen {
+                Sight::First(sees) => Seen::First(sees),
+                Sight::Ancestors(parents) => Seen::Ancestors(parents),
+            };
+            Some(kernel::Span { rows: plan.rows.clone(), slots, start: plan.start, seen })
+        }
+        let spans: Option<Vec<_>> = plans.iter().map(|plan| span(plan, index)).collect();
+        let Some(spans) = spans else { return Err(ModelError::Torch("a segment has no place for its keys".into())) };
         match kernel::attention(&shared, &spans)? {
             Some(mixed) => Ok(mixed),
             None => Err(ModelError::Torch("a forward was given tensors that its attention kernel does not take".into())),

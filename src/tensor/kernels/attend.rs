@@ -178,7 +178,7 @@ fn soften(scores: &mut [f32], count: usize, scale: f32) -> f32 {
 mod tests {
     use tch::Device;
 
-    use crate::tensor::kernels::attention::{Seen, Shared, Span, attention};
+    use crate::tensor::kernels::attention::{Seen, Shared, Slots, Span, attention};
     use crate::tensor::{Kind, Tensor};
 
     const SLOTS: i64 = 90;
@@ -214,7 +214,8 @@ mod tests {
                 norms: None,
                 eps: 0.0,
             };
-            attention(&shared, &[Span { rows: 0..count, keys, values, start, seen }]).unwrap().unwrap()
+            let slots = &Slots::of(keys, values).unwrap();
+            attention(&shared, &[Span { rows: 0..count, slots, start, seen }]).unwrap().unwrap()
         }
     }
 

@@ -37,12 +37,44 @@ pub struct Shared<'a> {
     pub eps: f64,
 }
 
+/// One sequence's keys and values of one layer, `[kv_heads, capacity, dim]` each, with all that the kernel has to know of them: looked up
+/// once, and not anew for every forward.
+pub struct Slots {
+    keys: Tensor,
+    values: Tensor,
+    kind: Kind,
+    kv_heads: usize,
+    capacity: usize,
+    dim: usize,
+    /// From one head's keys to the next one's, in elements.
+    head_stride: usize,
+}
+
+impl Slots {
+    /// Those of `[kv_heads, capacity, dim]` tensors, if the kernel can read them.
+    pub fn of(keys: &Tensor, values: &Tensor) -> Option<Self> {
+        let (&[kv_heads, capacity, dim], &[head_stride, row, 1]) = (keys.size().as_slice(), keys.stride().as_slice()) else {
+            return None;
+        };
+        let alike = values.size() == keys.size() && values.stride() == keys.stride() && values.kind() == keys.kind();
+        let here = keys.device() == tch::Device::Cpu && values.device() == tch::Device::Cpu;
+        (alike && here && row == dim).then(|| Self {
+            keys: keys.shallow_clone(),
+            values: values.shallow_clone(),
+            kind: keys.kind(),
+            kv_heads: kv_heads as usize,
+            capacity: capacity as usize,
+            dim: dim as usize,
+            head_stride: head_stride as usize,
+        })
+    }
+}
+
 /// One sequence's rows and where its keys and values are.
 pub struct Span<'a> {
     pub rows: Range<usize>,
-    /// `[kv_heads, capacity, dim]`; the rows' own are written from `start` on.
-    pub keys: &'a Tensor,
-    pub values: &'a Tensor,
+    /// The rows' own are written from `start` on.
+    pub slots: &'a Slots,
     pub start: usize,
     pub seen: Seen<'a>,
 }
@@ -61,30 +93,19 @@ pub enum Seen<'a> {
 pub fn attention(shared: &Shared, spans: &[Span]) -> Result<Option<Tensor>, TchError> {
     let (Shared { qkv, heads, kv_heads, dim, .. }, kind) = (shared, shared.qkv.kind());
     let width = (heads + 2 * kv_heads) * dim;
-    let plain_cache = |tensor: &Tensor| {
-        let (stride, sizes) = (tensor.stride(), tensor.size());
-        tensor.kind() == kind
-            && tensor.device() == tch::Device::Cpu
-            && stride.len() == 3
-            && stride[2] == 1
-            && stride[1] == *dim as i64
-            && sizes[0] == *kv_heads as i64
-            && sizes[2] == *dim as i64
-    };
     let inside = |span: &Span| {
-        let capacity = span.keys.size()[1] as usize;
+        let capacity = span.slots.capacity;
         let sees = match span.seen {
             Seen::First(sees) => sees.len() == span.rows.len() && sees.iter().all(|sees| (1..=capacity).contains(sees)),
             Seen::Ancestors(parents) => parents.len() == span.rows.len(),
         };
-        sees && span.start + span.rows.len() <= capacity && span.values.size()[1] as usize == capacity
+        let alike = span.slots.kind == kind && span.slots.kv_heads == *kv_heads && span.slots.dim == *dim;
+        alike && sees && span.start + span.rows.len() <= capacity
     };
     let fits = fits(kind, qkv.device(), *dim)
         && plain(qkv)
         && qkv.numel().is_multiple_of(width)
-        && spans.iter().all(|span| {
-            plain_cache(span.keys) && plain_cache(span.values) && span.keys.stride() == span.values.stride() && inside(span)
-        })
+        && spans.iter().all(inside)
         && shared.norms.is_none_or(|(q, k)| plain(q) && plain(k) && q.kind() == kind && k.kind() == kind);
     let rows = qkv.numel() / width;
     if !fits || spans.iter().map(|span| span.rows.len()).sum::<usize>() != rows || spans.iter().any(|s| s.rows.end > rows) {
@@ -122,7 +143,7 @@ fn rows_of<'a>(span: &'a Span) -> impl Iterator<Item = Row> + 'a {
             Seen::First(sees) => (sees[index], vec![]),
             Seen::Ancestors(parents) => (span.start, lineage(parents, index).into_iter().map(|at| span.start + at).collect()),
         };
-        let (keys, values, head_stride) = (span.keys.data_ptr(), span.values.data_ptr(), span.keys.stride()[0] as usize);
+        let (keys, values, head_stride) = (span.slots.keys.data_ptr(), span.slots.values.data_ptr(), span.slots.head_stride);
         Row { row, keys, values, head_stride, slot: span.start + index, before, line }
     })
 }
