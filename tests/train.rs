@@ -79,6 +79,7 @@ fn a_killed_run_goes_on_from_its_checkpoint() {
         .spawn()
         .unwrap();
     std::thread::sleep(std::time::Duration::from_millis(700));
+    assert!(child.try_wait().unwrap().is_none_or(|status| status.success()), "the command did not run");
     child.kill().unwrap();
     child.wait().unwrap();
     run(&options(killed.path(), None)).unwrap();

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 
 use crate::tensor::Dtype;
@@ -16,7 +16,7 @@ pub struct Options {
     #[command(subcommand)]
     what: Option<What>,
     #[command(flatten)]
-    model: Option<ModelOptions>,
+    model: ModelOptions,
 }
 
 #[derive(Subcommand, Debug)]
@@ -28,8 +28,9 @@ enum What {
 #[derive(Args, Debug)]
 struct ModelOptions {
     /// Folder of the model: written if absent, resumed if it holds a training state
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    // Optional for the sake of subcommands: clap counts no group that holds another, as this one does, so that the group cannot be.
+    #[arg(long, value_name = "DIR", required = true)]
+    out: Option<PathBuf>,
     #[arg(long, value_enum, default_value_t = Objective::Diffusion)]
     objective: Objective,
     /// Take the tokenizer of this model folder rather than train one
@@ -116,17 +117,16 @@ struct DrafterOptions {
 }
 
 pub fn run(options: Options) -> Result<()> {
-    match (options.what, options.model) {
-        (Some(What::Drafter(options)), _) => drafter(options),
-        (None, Some(options)) => model(options),
-        // clap asks for --out before it comes to this.
-        (None, None) => anyhow::bail!("say what to train: --out DIR for a model, or drafter for draft heads"),
+    match options.what {
+        Some(What::Drafter(options)) => drafter(options),
+        None => model(options.model),
     }
 }
 
 fn model(options: ModelOptions) -> Result<()> {
     crate::train::run(&crate::train::Options {
-        out: options.out,
+        // clap asks for --out before it comes to this.
+        out: options.out.context("say what to train: --out DIR for a model, or drafter for draft heads")?,
         objective: options.objective,
         tokenizer: options.tokenizer,
         seed: options.seed,
