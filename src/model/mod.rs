@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
 use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor, kernels};
-use family::Attention;
+use family::{Attention, Names};
 use rotary::{Rotary, rotate};
 
 pub use forward::{Layout, Segment};
@@ -65,8 +65,12 @@ pub trait Source {
 
 /// Every tensor of the model, in the order that [`Transformer::new`] asks for them.
 pub fn manifest(config: &ModelConfig) -> Vec<TensorSpec> {
+    manifest_as(config, config.family.names)
+}
+
+/// The same tensors in the same order, as another family calls them.
+pub fn manifest_as(config: &ModelConfig, names: &Names) -> Vec<TensorSpec> {
     let c = config;
-    let names = c.family.names;
     let mut specs = Vec::new();
     let mut add = |name: String, shape: &[usize]| {
         specs.push(TensorSpec { name, shape: shape.iter().map(|n| *n as i64).collect() });
@@ -203,7 +207,15 @@ impl Transformer {
         }
         let (_, length) = tokens.size2()?;
         let angles = self.rotary.window(0, length as usize, self.placement.dtype.kind())?;
-        self.stack(tokens, |_, layer, qkv| self.attend_whole(layer, qkv, &angles, attention == Attention::Causal))
+        self.stack(tokens, |_, layer, qkv| self.attend_whole(layer, qkv, &angles, attention == Attention::Causal, None))
+    }
+
+    /// Likewise where each token's position is given, and which tokens it sees: `sees: [seq, seq]` (bool), rows see columns. For
+    /// training on several copies of a text at once.
+    pub fn hidden_where(&self, tokens: &Tensor, positions: &[usize], sees: &Tensor) -> Result<Tensor, ModelError> {
+        // Rotation by f32 makes the attention run in f32: on short sequences libtorch's takes a third of bf16's time, gradients included.
+        let angles = self.rotary.at(positions, Kind::Float)?;
+        self.stack(tokens, |_, layer, qkv| self.attend_whole(layer, qkv, &angles, false, Some(sees)))
     }
 
     /// The layers over `tokens: [...]`; `mix` turns a layer's queries, keys and values (`[..., (heads + 2 · kv_heads) · dim]`) into what
@@ -235,7 +247,14 @@ impl Transformer {
     }
 
     /// Attention within each of several sequences of one length.
-    fn attend_whole(&self, layer: &Layer, qkv: &Tensor, angles: &(Tensor, Tensor), causal: bool) -> Result<Tensor, ModelError> {
+    fn attend_whole(
+        &self,
+        layer: &Layer,
+        qkv: &Tensor,
+        angles: &(Tensor, Tensor),
+        causal: bool,
+        sees: Option<&Tensor>,
+    ) -> Result<Tensor, ModelError> {
         let c = &self.config;
         let (heads, kv_heads, head_dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
         let (batch, length, _) = qkv.size3()?;
@@ -244,8 +263,8 @@ impl Transformer {
         let query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
         let key = self.repeat_heads(query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?)?;
         let value = self.repeat_heads(qkv.f_narrow(2, heads + kv_heads, kv_heads)?.f_transpose(1, 2)?)?;
-        let none = None::<Tensor>;
-        let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, none, 0.0, causal, None::<f64>, false)?;
+        let value = value.f_to_kind(query.f_kind()?)?;
+        let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, sees, 0.0, causal, None::<f64>, false)?;
         Ok(mixed.f_transpose(1, 2)?.f_reshape([batch, length, heads * head_dim])?)
     }
 
@@ -255,8 +274,10 @@ impl Transformer {
         let (heads, kv_heads) = (self.config.heads as i64, self.config.kv_heads as i64);
         let query_key = qkv.f_narrow(2, 0, heads + kv_heads)?;
         let Some((query_norm, key_norm)) = &layer.qk_norm else { return Ok(query_key) };
-        let query = self.rms_norm(&query_key.f_narrow(2, 0, heads)?, query_norm)?;
-        let key = self.rms_norm(&query_key.f_narrow(2, heads, kv_heads)?, key_norm)?;
+        // A trainer keeps the norms in f32 where its projections are narrower; otherwise the conversion is free.
+        let kind = query_key.f_kind()?;
+        let query = self.rms_norm(&query_key.f_narrow(2, 0, heads)?, &query_norm.f_to_kind(kind)?)?;
+        let key = self.rms_norm(&query_key.f_narrow(2, heads, kv_heads)?, &key_norm.f_to_kind(kind)?)?;
         Ok(Tensor::f_cat(&[query, key], 2)?)
     }
 
