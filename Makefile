@@ -7,6 +7,9 @@ LACUNA := target/release/lacuna
 TRAIN ?= --minutes 85 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
 # Its autoregressive sibling: the same tasks, batches, steps and optimiser.
 TRAIN_AR ?= --objective autoregressive --tokenizer models/nano --steps 24900 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
+# Its sibling that fills block after block begins with its weights.
+TRAIN_BLOCK ?= --objective block --block-length 8 --tokenizer models/nano --from models/nano --minutes 34 --batch 16 \
+	--learning-rate 6e-4 --dtype bf16 --seed 1 --threads 1
 # How the draft heads of the autoregressive model that ships were trained; drafters/*/training/curve.jsonl has the curves.
 TEACHER ?= models/nano-ar
 DRAFTERS ?= $(TEACHER)/drafters-new
@@ -15,7 +18,7 @@ TRAIN_HEADS ?= --layers 1 --learning-rate 3e-3 --dtype bf16 --seed 1 --threads 1
 EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench train train-ar train-drafters clean
+.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench train train-ar train-block train-drafters clean
 
 help: ## list what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -63,6 +66,9 @@ train: build ## train the model that ships anew, into models/nano-new
 
 train-ar: build ## train its autoregressive sibling anew, into models/nano-ar-new
 	$(LACUNA) train --out models/nano-ar-new $(TRAIN_AR)
+
+train-block: build ## train its sibling by blocks anew, into models/nano-block-new
+	$(LACUNA) train --out models/nano-block-new $(TRAIN_BLOCK)
 
 train-drafters: build ## train draft heads for TEACHER anew, into DRAFTERS
 	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind redrafter --steps 6000 --draft-vocabulary 256 $(TRAIN_HEADS)

@@ -27,6 +27,8 @@ fn model(objective: Objective, steps: u64) -> TempDir {
         out: folder.path().into(),
         objective,
         tokenizer: Some(concat!(env!("CARGO_MANIFEST_DIR"), "/models/nano").into()),
+        from: None,
+        block_length: 8,
         seed: 5,
         budget: budget(Some(steps), None),
         batch: 8,

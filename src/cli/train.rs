@@ -36,6 +36,12 @@ struct ModelOptions {
     /// Take the tokenizer of this model folder rather than train one
     #[arg(long, value_name = "DIR")]
     tokenizer: Option<PathBuf>,
+    /// Begin with this model's weights, as far as it has them: same sizes, whatever its family
+    #[arg(long, value_name = "MODEL")]
+    from: Option<PathBuf>,
+    /// Cells of a block, for --objective block
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    block_length: usize,
     #[arg(long, default_value_t = 1)]
     seed: u64,
     #[command(flatten)]
@@ -129,6 +135,8 @@ fn model(options: ModelOptions) -> Result<()> {
         out: options.out.context("say what to train: --out DIR for a model, or drafter for draft heads")?,
         objective: options.objective,
         tokenizer: options.tokenizer,
+        from: options.from,
+        block_length: options.block_length,
         seed: options.seed,
         budget: options.budget,
         batch: options.batch,

@@ -1,9 +1,10 @@
 //! Training the small models that ship, on libtorch autograd through the very stack that serves them.
 //!
-//! [`run`] is the loop: batches come from [`data`], parameters and optimiser from [`parameters`], the vocabulary from
-//! [`vocabulary`]. Everything random follows from the seed and the step's number, so a resumed run sees the batches that an
+//! [`run`] is the loop: batches come from [`data`] and [`blocks`], parameters and optimiser from [`parameters`], the vocabulary
+//! from [`vocabulary`]. Everything random follows from the seed and the step's number, so a resumed run sees the batches that an
 //! unbroken one would have seen. [`drafter`] trains draft heads for a model that is there. Nothing here knows of serving.
 
+pub mod blocks;
 pub mod data;
 pub mod drafter;
 pub mod parameters;
@@ -17,6 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::checkpoint::write_atomically;
@@ -40,6 +42,10 @@ pub struct Options {
     pub objective: Objective,
     /// Folder of the model whose tokenizer to take; without it one is trained on the tasks.
     pub tokenizer: Option<PathBuf>,
+    /// Folder of the model whose weights to begin with, as far as it has them.
+    pub from: Option<PathBuf>,
+    /// Of [`Objective::Block`].
+    pub block_length: usize,
     pub seed: u64,
     pub budget: Budget,
     pub batch: usize,
@@ -59,13 +65,14 @@ impl Options {
     }
 }
 
-/// Trains a model on the nano tasks: masked diffusion (LLaDA's objective on the answer; see [`data`] for the masking), or its
-/// autoregressive sibling of the same size.
+/// Trains a model on the nano tasks: masked diffusion (LLaDA's objective on the answer; see [`data`] for the masking), or a sibling
+/// of about the same size that is autoregressive or fills block after block.
 pub fn run(options: &Options) -> Result<()> {
     let budget = options.budget;
     budget.check()?;
     ensure!(options.batch > 0 && options.batch <= 4096, "--batch must be from 1 to 4096");
     ensure!(options.hidden_size.is_multiple_of(options.heads.max(1) * 2), "--hidden-size must be a multiple of 2 × --heads");
+    ensure!((1..=data::CANVAS).contains(&options.block_length), "--block-length must be from 1 to {}", data::CANVAS);
     crate::tensor::set_threads(options.threads);
     std::fs::create_dir_all(options.out.join("training")).context("cannot create the model's folder")?;
     let tokenizer = vocabulary::prepare(&options.out, options.tokenizer.as_deref(), options.seed)?;
@@ -73,6 +80,9 @@ pub fn run(options: &Options) -> Result<()> {
     let mut parameters = Parameters::new(&config, options.dtype, options.seed)?;
     let mut optimizer = AdamW::new(&parameters, 0.1)?;
     let state = options.out.join("training/state.safetensors");
+    if let Some(from) = options.from.as_ref().filter(|_| !state.exists()) {
+        parameters.take_over(&config, &Checkpoint::open(from)?)?;
+    }
     let mut progress = parameters::resume(&state, &mut parameters, &mut optimizer)?.unwrap_or_default();
     let mut curve = progress::curve_file(&options.out.join("training/curve.jsonl"), progress)?;
     let batches = Batches {
@@ -81,6 +91,7 @@ pub fn run(options: &Options) -> Result<()> {
         size: options.batch,
         split: Split::Train,
         objective: options.objective,
+        block_length: options.block_length,
     };
     let bar = progress::bar(1000);
     bar.println(format!(
@@ -152,7 +163,13 @@ fn network(config: &ModelConfig, parameters: &mut Parameters) -> Result<Transfor
 fn losses(model: &Transformer, batch: &Batch) -> Result<(Tensor, Tensor)> {
     let shape = [batch.size as i64, (batch.tokens.len() / batch.size) as i64];
     let tokens = Tensor::f_from_slice(&batch.tokens)?.f_view(shape)?;
-    let hidden = model.hidden(&tokens, model.config().attention)?;
+    let hidden = match batch.copies {
+        None => model.hidden(&tokens, model.config().attention)?,
+        Some(copies) => {
+            let sees = Tensor::f_from_slice(&copies.sees())?.f_view([shape[1], shape[1]])?;
+            model.hidden_where(&tokens, &copies.positions(), &sees)?
+        }
+    };
     let hidden = hidden.f_reshape([-1, model.config().hidden_size as i64])?;
     let rows = Tensor::f_from_slice(&batch.rows)?;
     let targets = Tensor::f_from_slice(&batch.targets)?;
@@ -167,15 +184,23 @@ fn exact_name(objective: Objective) -> &'static str {
     match objective {
         Objective::Diffusion => "held_out_exact_in_one_forward",
         Objective::Autoregressive => "held_out_exact_when_greedy",
+        Objective::Block => "held_out_exact_in_one_forward_a_block",
     }
 }
 
 /// On held-out compositions: the loss, and the share of tasks whose every token up to the end of the text is right after one
-/// forward. For diffusion that is from a fully masked canvas, and the decoder usually does better, since it may look again; an
-/// autoregressive network whose every token is right after the right ones before it writes just that text when greedy.
+/// forward. For diffusion that is from a fully masked canvas, and the decoder usually does better, since it may look again; by
+/// blocks, from fully masked ones behind right ones. An autoregressive network whose every token is right after the right ones
+/// before it writes just that text when greedy.
 fn validate(config: &ModelConfig, parameters: &Parameters, tokenizer: &Tokenizer, options: &Options) -> Result<(f64, f64)> {
-    let held_out =
-        Batches { tokenizer, seed: options.seed ^ 0x5eed, size: 32, split: Split::HeldOut, objective: options.objective };
+    let held_out = Batches {
+        tokenizer,
+        seed: options.seed ^ 0x5eed,
+        size: 32,
+        split: Split::HeldOut,
+        objective: options.objective,
+        block_length: options.block_length,
+    };
     tch::no_grad(|| {
         let mut weights = parameters.shallow_clone();
         let model = network(config, &mut weights)?;
@@ -196,7 +221,7 @@ fn validate(config: &ModelConfig, parameters: &Parameters, tokenizer: &Tokenizer
     })
 }
 
-/// The shipped models are a LLaDA and a Llama by their configs: the authors' own code can load them.
+/// The shipped models are a LLaDA, a Llama and an SDAR by their configs: the authors' own code can load them.
 fn model_config(options: &Options, tokenizer: &Tokenizer) -> Result<ModelConfig> {
     let token = |name: &str| tokenizer.token_id(name).with_context(|| format!("the tokenizer lacks {name}"));
     let (end, mask) = (token(vocabulary::END)?, token(vocabulary::MASK)?);
@@ -259,12 +284,39 @@ fn model_config(options: &Options, tokenizer: &Tokenizer) -> Result<ModelConfig>
             "pad_token_id": end,
             "torch_dtype": "float16",
         }),
+        Objective::Block => json!({
+            "architectures": ["SDARForCausalLM"],
+            "model_type": "sdar",
+            "block_size": options.block_length,
+            "hidden_size": options.hidden_size,
+            "num_hidden_layers": options.layers,
+            "num_attention_heads": options.heads,
+            "num_key_value_heads": options.heads,
+            "head_dim": options.hidden_size / options.heads,
+            "intermediate_size": mlp,
+            "vocab_size": rows,
+            "max_position_embeddings": CONTEXT,
+            "rope_theta": 10000.0,
+            "rope_scaling": null,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "use_sliding_window": false,
+            "tie_word_embeddings": true,
+            "mask_token_id": mask,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "torch_dtype": "float16",
+        }),
     };
     write_atomically(&options.out.join("config.json"), &serde_json::to_vec_pretty(&json)?)?;
     let mut generation = json!({ "eos_token_id": end, "max_new_tokens": data::CANVAS });
-    if options.objective == Objective::Diffusion {
-        // The decoder's defaults for this model; its README has the measurements behind them.
-        generation["diffusion"] = json!({ "block_length": data::CANVAS, "threshold": 0.9 });
+    // The decoder's defaults for this model; its README has the measurements behind them.
+    match options.objective {
+        Objective::Diffusion => generation["diffusion"] = json!({ "block_length": data::CANVAS, "threshold": 0.9 }),
+        Objective::Autoregressive => {}
+        Objective::Block => generation["diffusion"] = json!({ "threshold": 0.9 }),
     }
     write_atomically(&options.out.join("generation_config.json"), &serde_json::to_vec_pretty(&generation)?)?;
     ModelConfig::from_json(&json).map_err(anyhow::Error::msg)

@@ -6,9 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use super::progress::Progress;
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::weights::{WeightFiles, save as save_tensors};
-use crate::model::{ModelError, Source, TensorSpec, manifest};
+use crate::model::{ModelError, Source, TensorSpec, manifest, manifest_as};
 use crate::tensor::{Device, Dtype, Kind, Placement, Tensor, seeded};
 
 /// Gradients longer than this are scaled down to it.
@@ -48,6 +49,34 @@ impl Parameters {
         let tensor = |spec: &TensorSpec| Ok((spec.name.clone(), initial(spec)?.f_set_requires_grad(true)?));
         let tensors = specs.iter().map(tensor).collect::<Result<_>>()?;
         Ok(Self { tensors, embedding: String::new(), dtype: Dtype::F32 })
+    }
+
+    /// Begins with another model's weights, by what they are for rather than by name. Where this network normalises queries and
+    /// keys and the other does not, the norms begin with the length that they can be expected to have: a projection of inputs of
+    /// unit variance, scaled by the norm before it, has its own root mean square over all rows.
+    pub fn take_over(&mut self, config: &ModelConfig, from: &Checkpoint) -> Result<()> {
+        let names = config.family.names;
+        let ours = manifest_as(&from.config, names);
+        for (spec, theirs) in ours.iter().zip(manifest(&from.config)) {
+            let stored = from.files.load(&theirs.name, Placement::CPU_F32)?;
+            let Some(tensor) = self.tensors.get_mut(&spec.name) else { continue };
+            ensure!(stored.size() == tensor.size(), "--from has another shape for {}: give it the same sizes", theirs.name);
+            tch::no_grad(|| tensor.f_copy_(&stored))?;
+        }
+        if !config.family.qk_norm || from.config.family.qk_norm {
+            return Ok(());
+        }
+        for layer in 0..config.layers {
+            let name = |part: &str| format!("{}.{part}.weight", names.layer.replace("{}", &layer.to_string()));
+            for (projection, norm) in [(names.query, names.query_norm), (names.key, names.key_norm)] {
+                let scaled = self.get(&name(projection))?.f_mul(self.get(&name(names.attention_norm))?)?;
+                let length = scaled.f_square()?.f_sum_dim_intlist(1, false, Kind::Float)?.f_mean(Kind::Float)?.f_sqrt()?;
+                let length = length.f_double_value(&[])?;
+                let norm = self.tensors.get_mut(&name(norm)).context("no norm of the queries")?;
+                let _ = tch::no_grad(|| norm.f_fill_(length))?;
+            }
+        }
+        Ok(())
     }
 
     pub fn dtype(&self) -> Dtype {
