@@ -150,16 +150,18 @@ impl Worker {
         self.waiting.retain(|id, job| match ended(state, &job.reply, job.request.deadline) {
             None => true,
             Some(failure) => {
-                let _ = job.reply.try_send(Err(failure));
                 state.book().scheduler.leave(*id);
+                let _ = job.reply.try_send(Err(failure));
                 false
             }
         });
         self.lingering.retain_mut(|reader| {
+            // Under the lock, so that whoever has the last event finds the place in the queue free.
+            let mut book = state.book();
             reader.give();
             let over = reader.outbox.is_empty() || reader.ended(state).is_some();
             if over {
-                state.book().scheduler.leave(reader.id);
+                book.scheduler.leave(reader.id);
             }
             !over
         });
@@ -197,7 +199,7 @@ impl Worker {
     fn take(&mut self, job: Job) {
         let Job { id, request, reply, submitted } = job;
         let Request { id: name, canvas, method, stops, steps, deadline, .. } = request;
-        let mut reader = Reader { id, name, reply, outbox: Outbox::default(), steps, deadline };
+        let reader = Reader { id, name, reply, outbox: Outbox::default(), steps, deadline };
         let book = self.state.book();
         let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
         drop(book);
@@ -242,8 +244,7 @@ impl Worker {
             }
             Err(reason) => {
                 error!(request = reader.name, %reason, "a request could not begin");
-                reader.fail(reason.failure());
-                self.linger(reader);
+                self.part(reader, |reader| reader.fail(reason.failure()));
             }
         }
     }
@@ -318,7 +319,7 @@ impl Worker {
     /// A sequence is over: its memory is free at once, and what it saw of its drafter is where the next one begins. All of that is so
     /// before its reader is told by `last`.
     fn leave(&mut self, resident: Resident, last: impl FnOnce(&mut Reader)) {
-        let Resident { mut reader, sequence, residence, drafter, since, .. } = resident;
+        let Resident { reader, sequence, residence, drafter, since, .. } = resident;
         drop(residence);
         let mut book = self.state.book();
         let stay = since.elapsed().as_secs_f64();
@@ -330,14 +331,14 @@ impl Worker {
         if let (Some(kind), Some(seen)) = (drafter, sequence.decoder().adaptation()) {
             self.drafters.learn(kind, seen);
         }
-        self.state.book().scheduler.linger(reader.id);
-        last(&mut reader);
-        self.linger(reader);
+        self.part(reader, last);
     }
 
-    /// Keeps a reader until it has everything.
-    fn linger(&mut self, reader: Reader) {
+    /// Tells a reader the `last` of it, and keeps it until it has everything. The lock is held meanwhile: whoever has read to the end
+    /// finds its place free.
+    fn part(&mut self, mut reader: Reader, last: impl FnOnce(&mut Reader)) {
         let mut book = self.state.book();
+        last(&mut reader);
         book.load.coalesced += reader.outbox.coalesced() as u64;
         if reader.outbox.is_empty() || reader.reply.is_closed() {
             book.scheduler.leave(reader.id);
