@@ -16,6 +16,7 @@ pub mod statistics;
 use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
+use crate::tensor::kernels::packed::Packed;
 use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor, kernels};
 use family::{Attention, Names};
 use rotary::{Rotary, rotate};
@@ -107,15 +108,37 @@ pub fn manifest_as(config: &ModelConfig, names: &Names) -> Vec<TensorSpec> {
 }
 
 struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
 }
 
+enum Weight {
+    /// `[outputs, inputs]`.
+    Plain(Tensor),
+    /// Rearranged for our own kernel: for inference on the CPU.
+    Packed(Packed),
+}
+
 impl Linear {
+    fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self, ModelError> {
+        let weight = match Packed::of(&weight)? {
+            Some(packed) => Weight::Packed(packed),
+            None => Weight::Plain(weight),
+        };
+        Ok(Self { weight, bias })
+    }
+
     /// Runs in the weight's own type. Where that is narrower than the residual stream's (a trainer keeps the stream in f32 and
     /// the projections in bf16), this is the place that narrows; otherwise the conversion is free.
     fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        linear(&x.f_to_kind(self.weight.f_kind()?)?, &self.weight, self.bias.as_ref())
+        match &self.weight {
+            Weight::Plain(weight) => linear(&x.f_to_kind(weight.f_kind()?)?, weight, self.bias.as_ref()),
+            Weight::Packed(packed) => match (packed.product(&x.f_to_kind(packed.kind())?)?, &self.bias) {
+                (Some(out), Some(bias)) => Ok(out.f_add(bias)?),
+                (Some(out), None) => Ok(out),
+                (None, _) => Err(ModelError::Torch(format!("a product for inference was given {:?}", x.size()))),
+            },
+        }
     }
 }
 
@@ -169,13 +192,16 @@ impl Transformer {
         let embedding = next()?;
         let mut layers = Vec::with_capacity(config.layers);
         for _ in 0..config.layers {
-            let mut linear = |bias: bool| -> Result<Linear, S::Error> {
-                Ok(Linear { weight: next()?, bias: if bias { Some(next()?) } else { None } })
+            let mut linear = |parts: usize, bias: bool| -> Result<Linear, S::Error> {
+                let (mut weights, mut biases) = (vec![], vec![]);
+                for _ in 0..parts {
+                    weights.push(next()?);
+                    biases.extend(if bias { Some(next()?) } else { None });
+                }
+                Ok(join(weights, biases)?)
             };
-            let qkv = join(&[linear(config.qkv_bias)?, linear(config.qkv_bias)?, linear(config.qkv_bias)?])?;
-            let output = linear(config.output_bias)?;
-            let gate_up = join(&[linear(config.mlp_bias)?, linear(config.mlp_bias)?])?;
-            let down = linear(config.mlp_bias)?;
+            let (qkv, output) = (linear(3, config.qkv_bias)?, linear(1, config.output_bias)?);
+            let (gate_up, down) = (linear(2, config.mlp_bias)?, linear(1, config.mlp_bias)?);
             let (attention_norm, mlp_norm) = (next()?, next()?);
             let qk_norm = if config.family.qk_norm { Some((next()?, next()?)) } else { None };
             layers.push(Layer { attention_norm, qkv, output, qk_norm, mlp_norm, gate_up, down });
@@ -312,11 +338,15 @@ impl Transformer {
 }
 
 /// Several products of one input as one: their outputs side by side.
-fn join(parts: &[Linear]) -> Result<Linear, ModelError> {
-    let weights: Vec<_> = parts.iter().map(|part| &part.weight).collect();
-    let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();
-    let bias = biases.map(|biases| Tensor::f_cat(&biases, 0)).transpose()?;
-    Ok(Linear { weight: Tensor::f_cat(&weights, 0)?, bias })
+fn join(mut weights: Vec<Tensor>, mut biases: Vec<Tensor>) -> Result<Linear, ModelError> {
+    let one = |parts: &mut Vec<Tensor>| match parts.len() {
+        0 | 1 => Ok(parts.pop()),
+        _ => Tensor::f_cat(parts, 0).map(Some),
+    };
+    match one(&mut weights)? {
+        Some(weight) => Linear::new(weight, one(&mut biases)?),
+        None => Err(ModelError::Torch("a product was made of no weights".into())),
+    }
 }
 
 /// Weights drawn from a normal distribution, for benchmarks of a shape whose weights are not at hand.

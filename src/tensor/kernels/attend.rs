@@ -4,7 +4,7 @@
 //! ([`super::product`]), a softmax and a weighted sum belong to one query and run over its keys in order.
 
 use super::attention::Row;
-use super::lanes::{LANES, Lanes, Stored, dot, exp, fold};
+use super::lanes::{LANES, Lanes, Stored, dot, exp, fold, prefetch};
 use super::product::Product;
 
 /// Queries whose weighted sums are in registers together.
@@ -15,6 +15,8 @@ const TOGETHER: usize = 4;
 pub struct Room {
     queries: Vec<f32>,
     scores: Vec<f32>,
+    /// Of each query's weights.
+    totals: Vec<f32>,
 }
 
 impl Room {
@@ -30,6 +32,7 @@ pub struct Place<T> {
     /// `[slots, dim]` each.
     pub keys: *const T,
     pub values: *const T,
+    pub slots: usize,
     pub out: *mut T,
     /// From one row's result to the next one's.
     pub stride: usize,
@@ -57,6 +60,7 @@ impl<T: Stored> Place<T> {
         let shared = rows.iter().map(|row| row.before).max().unwrap_or(0);
         let width = counts.fold(shared, usize::max).next_multiple_of(LANES);
         room.scores.resize(rows.len() * width, 0.0);
+        unsafe { prefetch(self.values, shared * self.dim) };
         // Rows that see fewer keys than others get scores that are never looked at.
         let product = Product {
             input: room.queries.as_ptr().cast(),
@@ -65,13 +69,14 @@ impl<T: Stored> Place<T> {
             stride: width,
             rows: rows.len(),
             inputs: self.dim,
-            outputs: shared,
+            // Whole vectors of keys take no copies. Scores of slots that hold none yet are never looked at.
+            outputs: shared.next_multiple_of(LANES).min(self.slots),
             half: false,
             paired: false,
         };
         unsafe { product.alone::<V, T>() };
         let scale = 1.0 / (self.dim as f32).sqrt();
-        let mut weighted = Vec::with_capacity(rows.len());
+        room.totals.clear();
         for ((row, query), scores) in
             rows.iter().zip(room.queries.chunks_exact(self.dim)).zip(room.scores.chunks_exact_mut(width))
         {
@@ -79,22 +84,24 @@ impl<T: Stored> Place<T> {
                 *score = unsafe { dot::<V, T>(self.keys.add(slot * self.dim), query.as_ptr(), self.dim) };
             }
             let count = row.before + row.line.len();
-            let total = soften(&mut scores[..count.next_multiple_of(LANES)], count, scale);
-            weighted.push(Weighted { row, weights: &scores[..count], total });
+            room.totals.push(soften(&mut scores[..count.next_multiple_of(LANES)], count, scale));
         }
-        let mut rest = weighted.as_slice();
-        while let Some((some, behind)) = rest.split_first_chunk::<TOGETHER>() {
-            unsafe { self.mix::<V, TOGETHER>(some) };
-            rest = behind;
-        }
-        for one in rest {
-            unsafe { self.mix::<V, 1>(std::array::from_ref(one)) };
+        let mut at = 0;
+        while at < rows.len() {
+            let weighted = |at: usize| {
+                let (row, scores) = (&rows[at], &room.scores[at * width..(at + 1) * width]);
+                Weighted { row, weights: &scores[..row.before + row.line.len()], total: room.totals[at] }
+            };
+            at += match rows.len() - at {
+                TOGETHER.. => unsafe { self.mix::<V, TOGETHER>(&std::array::from_fn(|next| weighted(at + next))) },
+                _ => unsafe { self.mix::<V, 1>(&[weighted(at)]) },
+            };
         }
     }
 
-    /// Weighted sums for `M` queries, some vectors of the head at a time.
+    /// Weighted sums for `M` queries, some vectors of the head at a time. Gives `M`.
     #[inline(always)]
-    unsafe fn mix<V: Lanes, const M: usize>(&self, queries: &[Weighted; M]) {
+    unsafe fn mix<V: Lanes, const M: usize>(&self, queries: &[Weighted; M]) -> usize {
         let whole = self.dim / LANES * LANES;
         let mut lane = 0;
         unsafe {
@@ -113,35 +120,42 @@ impl<T: Stored> Place<T> {
                 }
             }
         }
+        M
     }
 
     #[inline(always)]
     unsafe fn mix_vectors<V: Lanes, const M: usize, const C: usize>(&self, queries: &[Weighted; M], lane: usize) -> usize {
         let common = queries.iter().map(|query| query.row.before).min().unwrap_or(0);
-        let mut sums = [[unsafe { V::zero() }; C]; M];
+        // Two sums each, over every other key: additions that wait for one another would take longer than the loads.
+        let mut sums = [[[unsafe { V::zero() }; 2]; C]; M];
         unsafe {
             let values = self.values.add(lane);
-            for at in 0..common {
-                let mut value = [V::zero(); C];
-                for (part, value) in value.iter_mut().enumerate() {
-                    *value = T::load(values.add(at * self.dim + part * LANES));
-                }
-                for (query, sums) in queries.iter().zip(&mut sums) {
-                    let weight = V::splat(*query.weights.as_ptr().add(at));
-                    for (sum, value) in sums.iter_mut().zip(value) {
-                        *sum = value.multiply_add(weight, *sum);
+            let (pairs, mut at) = (common / 2 * 2, 0);
+            while at < pairs {
+                for odd in 0..2 {
+                    let mut value = [V::zero(); C];
+                    for (part, value) in value.iter_mut().enumerate() {
+                        *value = T::load(values.add((at + odd) * self.dim + part * LANES));
+                    }
+                    for (query, sums) in queries.iter().zip(&mut sums) {
+                        let weight = V::splat(*query.weights.as_ptr().add(at + odd));
+                        for (sum, value) in sums.iter_mut().zip(value) {
+                            sum[odd] = value.multiply_add(weight, sum[odd]);
+                        }
                     }
                 }
+                at += 2;
             }
             for (query, sums) in queries.iter().zip(&mut sums) {
-                for (at, weight) in query.weights.iter().enumerate().skip(common) {
+                for (at, weight) in query.weights.iter().enumerate().skip(pairs) {
                     let (value, weight) = (values.add(query.slot(at) * self.dim), V::splat(*weight));
                     for (part, sum) in sums.iter_mut().enumerate() {
-                        *sum = T::load::<V>(value.add(part * LANES)).multiply_add(weight, *sum);
+                        sum[at % 2] = T::load::<V>(value.add(part * LANES)).multiply_add(weight, sum[at % 2]);
                     }
                 }
-                for (part, sum) in sums.iter().enumerate() {
+                for (part, [even, odd]) in sums.iter().enumerate() {
                     let out = self.out.add(query.row.row * self.stride + lane + part * LANES).cast::<[T; LANES]>();
+                    let sum = even.multiply_add(V::splat(1.0), *odd);
                     out.write(sum.store().map(|sum| T::narrow(sum / query.total)));
                 }
             }

@@ -11,7 +11,7 @@ use std::ops::Range;
 use tch::TchError;
 
 use super::attend::{Place, Room};
-use super::lanes::{Lanes, Stored};
+use super::lanes::{Lanes, Stored, prefetch};
 use super::pointwise::normalise;
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
@@ -144,7 +144,8 @@ fn rows_of<'a>(span: &'a Span) -> impl Iterator<Item = Row> + 'a {
             Seen::Ancestors(parents) => (span.start, lineage(parents, index).into_iter().map(|at| span.start + at).collect()),
         };
         let (keys, values, head_stride) = (span.slots.keys.data_ptr(), span.slots.values.data_ptr(), span.slots.head_stride);
-        Row { row, keys, values, head_stride, slot: span.start + index, before, line }
+        let (slot, slots) = (span.start + index, span.slots.capacity);
+        Row { row, keys, values, head_stride, slots, slot, before, line }
     })
 }
 
@@ -188,6 +189,7 @@ pub(super) struct Row {
     values: *mut c_void,
     /// From one head's keys to the next one's, in elements.
     head_stride: usize,
+    slots: usize,
     /// Where its own key goes.
     slot: usize,
     /// Slots that it sees: so many from the first on, then these.
@@ -231,9 +233,17 @@ impl Kernel for Step {
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         let mut room = Room::default();
         // Tiles further down a sequence see more keys: threads take turns.
+        let place = |task: usize| Some((&self.rows[self.tiles.get(task / self.heads)?.clone()], task % self.heads));
         for task in (thread..self.tiles.len() * self.heads).step_by(threads) {
-            let (rows, head) = (&self.rows[self.tiles[task / self.heads].clone()], task % self.heads);
+            let Some((rows, head)) = place(task) else { return };
             unsafe {
+                if let Some((rows, head)) = place(task + threads) {
+                    let (offset, count) = (self.keys_of(&rows[0], head), rows[0].before * self.dim);
+                    match self.half {
+                        true => prefetch(rows[0].keys.cast::<u16>().wrapping_add(offset), count),
+                        false => prefetch(rows[0].keys.cast::<f32>().wrapping_add(offset), count),
+                    }
+                }
                 if self.half {
                     self.attend::<V, u16>(rows, head, &mut room)
                 } else {
@@ -290,11 +300,16 @@ impl Step {
         }
     }
 
+    /// Where the keys of query head `head` begin, in elements.
+    fn keys_of(&self, row: &Row, head: usize) -> usize {
+        head / (self.heads / self.kv_heads) * row.head_stride
+    }
+
     /// Head `head` of the rows of one tile.
     #[inline(always)]
     unsafe fn attend<V: Lanes, T: Stored>(&self, rows: &[Row], head: usize, room: &mut Room) {
         let (dim, first) = (self.dim, &rows[0]);
-        let offset = head / (self.heads / self.kv_heads) * first.head_stride;
+        let offset = self.keys_of(first, head);
         let queries = room.queries(rows.len(), dim);
         unsafe {
             for (row, query) in rows.iter().zip(queries.chunks_exact_mut(dim)) {
@@ -303,6 +318,7 @@ impl Step {
             let place = Place {
                 keys: first.keys.cast::<T>().cast_const().add(offset),
                 values: first.values.cast::<T>().cast_const().add(offset),
+                slots: first.slots,
                 out: self.out.cast::<T>().add(head * dim),
                 stride: self.heads * dim,
                 dim,

@@ -9,6 +9,9 @@ pub const LANES: usize = 16;
 /// # Safety
 /// The CPU must have the kind's instructions, and pointers lead to as many elements.
 pub trait Lanes: Copy {
+    /// How many fit the CPU's registers, beside what they are made from.
+    const SUMS: usize;
+
     unsafe fn zero() -> Self;
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -36,6 +39,8 @@ mod x86 {
     use super::{LANES, Lanes};
 
     impl Lanes for __m512 {
+        const SUMS: usize = 24;
+
         #[inline(always)]
         unsafe fn zero() -> Self {
             unsafe { _mm512_setzero_ps() }
@@ -109,6 +114,8 @@ mod x86 {
     }
 
     impl Lanes for [__m256; 2] {
+        const SUMS: usize = 6;
+
         #[inline(always)]
         unsafe fn zero() -> Self {
             unsafe { [_mm256_setzero_ps(); 2] }
@@ -151,6 +158,8 @@ mod x86 {
 
 /// For CPUs whose vectors the compiler finds by itself.
 impl Lanes for [f32; LANES] {
+    const SUMS: usize = 6;
+
     #[inline(always)]
     unsafe fn zero() -> Self {
         [0.0; LANES]
@@ -253,6 +262,21 @@ pub unsafe fn dot<V: Lanes, T: Stored>(stored: *const T, with: *const f32, lengt
         }
         sum.total()
     }
+}
+
+/// Asks for the beginning of what will be read soon: caches of many sequences lie apart, and where one begins the CPU cannot foresee.
+/// Further on in a long one it can.
+#[inline(always)]
+pub unsafe fn prefetch<T>(from: *const T, count: usize) {
+    const LINE: usize = 64;
+    const MOST: usize = 16 * 1024;
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..(count * size_of::<T>()).min(MOST)).step_by(LINE) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(at)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, count, LINE, MOST);
 }
 
 /// Sum of the lanes, halves onto halves.

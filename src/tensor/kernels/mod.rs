@@ -14,6 +14,7 @@ mod attend;
 pub mod attention;
 mod lanes;
 pub mod linear;
+pub mod packed;
 pub mod pointwise;
 mod product;
 pub mod rows;

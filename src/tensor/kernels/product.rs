@@ -76,27 +76,31 @@ impl Product {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn pairs(product: &Product, thread: usize, threads: usize) {
-    unsafe { run::<std::arch::x86_64::__m512, x86::Pairs>(product, thread, threads) }
+    unsafe { run::<std::arch::x86_64::__m512, Pairs>(product, thread, threads) }
 }
 
 /// How two stored rows are multiplied.
 ///
 /// # Safety
 /// As for [`Lanes`].
-trait Format<V> {
+pub(super) trait Format<V> {
     type Input: Stored;
     type Weight: Stored;
     type Out: Stored;
     type Vector: Copy;
-    /// Inputs in a vector.
+    /// Numbers in a vector.
     const STEP: usize;
+    /// Inputs of one output that lie side by side where sixteen outputs do.
+    const UNIT: usize;
     unsafe fn input(from: *const Self::Input) -> Self::Vector;
     unsafe fn weight(from: *const Self::Weight) -> Self::Vector;
+    /// [`Format::UNIT`] inputs, for every output of a vector.
+    unsafe fn spread(from: *const Self::Input) -> Self::Vector;
     unsafe fn multiply_add(weight: Self::Vector, input: Self::Vector, sum: V) -> V;
 }
 
 /// Number by number, in f32.
-struct Single<T, O>(PhantomData<(T, O)>);
+pub(super) struct Single<T, O>(PhantomData<(T, O)>);
 
 impl<V: Lanes, T: Stored, O: Stored> Format<V> for Single<T, O> {
     type Input = f32;
@@ -104,6 +108,7 @@ impl<V: Lanes, T: Stored, O: Stored> Format<V> for Single<T, O> {
     type Out = O;
     type Vector = V;
     const STEP: usize = LANES;
+    const UNIT: usize = 1;
 
     #[inline(always)]
     unsafe fn input(from: *const f32) -> V {
@@ -116,10 +121,18 @@ impl<V: Lanes, T: Stored, O: Stored> Format<V> for Single<T, O> {
     }
 
     #[inline(always)]
+    unsafe fn spread(from: *const f32) -> V {
+        unsafe { V::splat(*from) }
+    }
+
+    #[inline(always)]
     unsafe fn multiply_add(weight: V, input: V, sum: V) -> V {
         unsafe { weight.multiply_add(input, sum) }
     }
 }
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::Pairs;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -136,6 +149,7 @@ mod x86 {
         type Out = u16;
         type Vector = __m512i;
         const STEP: usize = 32;
+        const UNIT: usize = 2;
 
         #[inline(always)]
         unsafe fn input(from: *const u16) -> __m512i {
@@ -145,6 +159,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn weight(from: *const u16) -> __m512i {
             unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(from: *const u16) -> __m512i {
+            unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
         }
 
         #[inline(always)]

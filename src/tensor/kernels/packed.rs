@@ -1,0 +1,329 @@
+//! Products with a weight that has been rearranged once, when its model was loaded: sixteen outputs side by side ([`PANEL`]), input
+//! after input.
+//!
+//! So a vector of the weight meets one broadcast number of the input and sums of sixteen outputs grow side by side, with nothing to
+//! add up across lanes in the end, as [`super::product`] must with a weight as it lies. Each sum runs over the inputs in order, in
+//! blocks of [`BLOCK`]: a result depends on its own row and output alone, whatever is computed beside it.
+
+use std::ops::Range;
+
+use tch::TchError;
+
+use super::lanes::{LANES, Lanes, Stored};
+use super::product::{Format, PAIRED, Single};
+use super::{Kernel, launch, plain};
+use crate::tensor::{Kind, Tensor};
+
+/// Outputs side by side.
+const PANEL: usize = LANES;
+/// Vectors of a panel that are summed up by themselves: short sums of f32 lose less, and the input's part of them stays near.
+const BLOCK: usize = 256;
+/// Bytes of the input that are gone through together, so that they stay in the second-level cache.
+const TILE: usize = 256 * 1024;
+/// Products of fewer multiplications are not worth other threads.
+const PARALLEL_FROM: usize = 32 * 1024;
+
+/// A weight matrix for [`Packed::product`].
+#[derive(Debug)]
+pub struct Packed {
+    /// `[panels, inputs, 16]`; in pairs `[panels, inputs / 2, 16, 2]`.
+    data: Tensor,
+    kind: Kind,
+    inputs: usize,
+    outputs: usize,
+    paired: bool,
+}
+
+impl Packed {
+    /// `weight: [outputs, inputs]`, rearranged; `None` where libtorch is to do its products.
+    pub fn of(weight: &Tensor) -> Result<Option<Self>, TchError> {
+        let (&[outputs, inputs], true) = (weight.size().as_slice(), plain(weight)) else { return Ok(None) };
+        if outputs == 0 || inputs == 0 {
+            return Ok(None);
+        }
+        let paired = weight.kind() == Kind::BFloat16 && *PAIRED;
+        let unit = if paired { 2 } else { 1 };
+        let (panel, units) = (PANEL as i64, (inputs + unit - 1) / unit);
+        let panels = (outputs + panel - 1) / panel;
+        let full = weight.f_constant_pad_nd([0, units * unit - inputs, 0, panels * panel - outputs])?;
+        let data = full.f_view([panels, panel, units, unit])?.f_permute([0, 2, 1, 3])?.f_contiguous()?;
+        Ok(Some(Self { data, kind: weight.kind(), inputs: inputs as usize, outputs: outputs as usize, paired }))
+    }
+
+    /// Type of the weight, and of what comes out.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// `x · weightᵀ` for `x: [..., inputs]` of the weight's type, `[..., outputs]`; `None` if `x` is not on the CPU, wants gradients or
+    /// is of another size.
+    pub fn product(&self, x: &Tensor) -> Result<Option<Tensor>, TchError> {
+        let mut shape = x.size();
+        let Some(last) = shape.last_mut().filter(|last| **last == self.inputs as i64) else { return Ok(None) };
+        if x.kind() != self.kind || x.device() != tch::Device::Cpu || x.requires_grad() {
+            return Ok(None);
+        }
+        *last = self.outputs as i64;
+        let rows = x.numel() / self.inputs;
+        let unit = if self.paired { 2 } else { 1 };
+        let mut input = if self.paired { x.f_contiguous()? } else { x.f_to_kind(Kind::Float)?.f_contiguous()? };
+        if !self.inputs.is_multiple_of(unit) {
+            input = input.f_constant_pad_nd([0, 1])?.f_contiguous()?;
+        }
+        let out = Tensor::f_empty(&shape, (self.kind, tch::Device::Cpu))?;
+        let product = Product {
+            input: input.data_ptr(),
+            weight: self.data.data_ptr(),
+            out: out.data_ptr(),
+            rows,
+            inputs: self.inputs.next_multiple_of(unit),
+            outputs: self.outputs,
+            half: self.kind == Kind::BFloat16,
+            paired: self.paired,
+        };
+        // SAFETY: the three tensors are contiguous, of the sizes and types that the product says, and outlive the call.
+        unsafe { launch(&product, rows * self.inputs * self.outputs >= PARALLEL_FROM) };
+        Ok(Some(out))
+    }
+}
+
+/// One product, as plain memory.
+struct Product {
+    /// `[rows, inputs]` in f32, or in bf16 where it is `paired`.
+    input: *const std::ffi::c_void,
+    weight: *const std::ffi::c_void,
+    /// `[rows, outputs]` in the weight's type.
+    out: *mut std::ffi::c_void,
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+    half: bool,
+    paired: bool,
+}
+
+impl Kernel for Product {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if self.paired {
+                return pairs(self, thread, threads);
+            }
+            if self.half {
+                self.run::<V, Single<u16, u16>>(thread, threads);
+            } else {
+                self.run::<V, Single<f32, f32>>(thread, threads);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn pairs(product: &Product, thread: usize, threads: usize) {
+    unsafe { product.run::<std::arch::x86_64::__m512, super::product::Pairs>(thread, threads) }
+}
+
+impl Product {
+    /// A thread's share of the panels, with all rows: each panel's weights come from memory once.
+    #[inline(always)]
+    unsafe fn run<V: Lanes, F: Format<V>>(&self, thread: usize, threads: usize) {
+        let panels = self.outputs.div_ceil(PANEL);
+        let mine = panels * thread / threads..panels * (thread + 1) / threads;
+        let tiles = (self.rows * self.inputs * size_of::<F::Input>()).div_ceil(TILE).clamp(1, self.rows.max(1));
+        let mut open = vec![];
+        for tile in 0..tiles {
+            let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
+            let mut panel = mine.start;
+            while panel < mine.end {
+                let left = mine.end - panel;
+                // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
+                panel += unsafe {
+                    match rows.len() {
+                        _ if V::SUMS < 24 => self.strip::<V, F, 1, 6>(panel, &rows, &mut open),
+                        1 if left >= 8 => self.strip::<V, F, 8, 1>(panel, &rows, &mut open),
+                        1..=4 if left >= 4 => self.strip::<V, F, 4, 4>(panel, &rows, &mut open),
+                        _ if left >= 3 => self.strip::<V, F, 3, 8>(panel, &rows, &mut open),
+                        _ if left == 2 => self.strip::<V, F, 2, 8>(panel, &rows, &mut open),
+                        _ => self.strip::<V, F, 1, 8>(panel, &rows, &mut open),
+                    }
+                };
+            }
+        }
+    }
+
+    /// All `rows` with `P` panels, at most `M` at a time; `open` keeps the sums from block to block. Gives `P`.
+    #[inline(always)]
+    unsafe fn strip<V: Lanes, F: Format<V>, const P: usize, const M: usize>(
+        &self,
+        panel: usize,
+        rows: &Range<usize>,
+        open: &mut Vec<V>,
+    ) -> usize {
+        let units = self.inputs / F::UNIT;
+        unsafe {
+            if units > BLOCK {
+                open.resize(rows.len() * P, V::zero());
+            }
+            for start in (0..units).step_by(BLOCK) {
+                let block = start..(start + BLOCK).min(units);
+                let mut row = rows.start;
+                while row < rows.end {
+                    let open = open.as_mut_ptr().wrapping_add((row - rows.start) * P);
+                    row += match (rows.end - row).min(M) {
+                        8.. => self.tile::<V, F, P, 8>(panel, row, &block, open),
+                        6.. => self.tile::<V, F, P, 6>(panel, row, &block, open),
+                        4.. => self.tile::<V, F, P, 4>(panel, row, &block, open),
+                        2.. => self.tile::<V, F, P, 2>(panel, row, &block, open),
+                        _ => self.tile::<V, F, P, 1>(panel, row, &block, open),
+                    };
+                }
+            }
+        }
+        P
+    }
+
+    /// `M` rows with `P` panels over one block of inputs. Adds to what is `open`, unless the block is the first, and leaves the sums
+    /// there, unless it is the last. Gives `M`.
+    #[inline(always)]
+    unsafe fn tile<V: Lanes, F: Format<V>, const P: usize, const M: usize>(
+        &self,
+        panel: usize,
+        row: usize,
+        block: &Range<usize>,
+        open: *mut V,
+    ) -> usize {
+        let units = self.inputs / F::UNIT;
+        unsafe {
+            let weight = self.weight.cast::<F::Weight>().add(panel * units * F::STEP);
+            let input = self.input.cast::<F::Input>().add(row * self.inputs);
+            let mut sums = [[V::zero(); P]; M];
+            for unit in block.clone() {
+                let mut w = [F::weight(weight.add(unit * F::STEP)); P];
+                for (p, w) in w.iter_mut().enumerate().skip(1) {
+                    *w = F::weight(weight.add((p * units + unit) * F::STEP));
+                }
+                for (m, sums) in sums.iter_mut().enumerate() {
+                    let x = F::spread(input.add(m * self.inputs + unit * F::UNIT));
+                    for (sum, w) in sums.iter_mut().zip(w) {
+                        *sum = F::multiply_add(w, x, *sum);
+                    }
+                }
+            }
+            let (first, last) = (block.start == 0, block.end == units);
+            for (m, sums) in sums.into_iter().enumerate() {
+                for (p, mut sum) in sums.into_iter().enumerate() {
+                    let open = open.wrapping_add(m * P + p);
+                    if !first {
+                        sum = sum.multiply_add(V::splat(1.0), *open);
+                    }
+                    if last {
+                        self.put::<V, F>(row + m, (panel + p) * PANEL, sum);
+                    } else {
+                        *open = sum;
+                    }
+                }
+            }
+        }
+        M
+    }
+
+    #[inline(always)]
+    unsafe fn put<V: Lanes, F: Format<V>>(&self, row: usize, first: usize, sum: V) {
+        unsafe {
+            let (out, values) = (self.out.cast::<F::Out>().add(row * self.outputs + first), sum.store().map(F::Out::narrow));
+            match self.outputs - first {
+                // A known count spares a call.
+                PANEL.. => out.cast::<[F::Out; PANEL]>().write_unaligned(values),
+                count => std::ptr::copy_nonoverlapping(values.as_ptr(), out, count),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    const SHAPES: [(i64, i64, i64); 9] = [
+        (1, 64, 10),
+        (3, 17, 5),
+        (4, 576, 131),
+        (7, 256, 944),
+        (32, 100, 33),
+        (90, 1536, 35),
+        (301, 40, 70),
+        (2, 704, 256),
+        (1, 256, 300),
+    ];
+
+    fn random(shape: &[i64], kind: Kind) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+    }
+
+    #[test]
+    fn products_are_exact_within_rounding() {
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-2)] {
+            for (rows, inputs, outputs) in SHAPES {
+                let (x, weight) = (random(&[rows, inputs], kind), random(&[outputs, inputs], kind));
+                let ours = Packed::of(&weight).unwrap().unwrap().product(&x).unwrap().unwrap().to_kind(Kind::Double);
+                let exact = x.to_kind(Kind::Double).matmul(&weight.to_kind(Kind::Double).transpose(0, 1));
+                let error = f64::try_from((&ours - &exact).abs().max() / exact.abs().max()).unwrap();
+                assert!(error < tolerance, "{kind:?} {rows} x {inputs} x {outputs}: {error}");
+            }
+        }
+    }
+
+    /// Many rows go in tiles, long ones in blocks, and all by threads: none of it may show.
+    #[test]
+    fn a_row_does_not_depend_on_those_beside_it() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            for (inputs, outputs) in [(200, 301), (1536, 48), (601, 130)] {
+                let (x, weight) = (random(&[300, inputs], kind), random(&[outputs, inputs], kind));
+                let weight = Packed::of(&weight).unwrap().unwrap();
+                let product = |first: i64, rows: i64| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap();
+                let alone: Vec<Tensor> = (0..300).map(|row| product(row, 1)).collect();
+                for (threads, rows) in [(1, 300), (2, 300), (3, 299), (2, 87), (5, 13), (1, 6), (2, 5), (1, 3), (2, 2)] {
+                    crate::tensor::set_threads(threads);
+                    let first = (300 - rows) / 2;
+                    let expected = Tensor::cat(&alone[first as usize..(first + rows) as usize], 0);
+                    assert!(product(first, rows).equal(&expected), "{kind:?}: {rows} rows of {inputs} on {threads} threads");
+                }
+            }
+        }
+    }
+
+    /// The sums of every kind of vector that this CPU has, in its own registers, are the same to the bit.
+    #[test]
+    fn every_kind_of_vector_gives_the_same() {
+        let (x, weight) = (random(&[13, 301], Kind::Float), random(&[77, 301], Kind::Float));
+        let packed = Packed::of(&weight).unwrap().unwrap();
+        let right = packed.product(&x).unwrap().unwrap();
+        let out = Tensor::zeros([13, 77], (Kind::Float, Device::Cpu));
+        let product = Product {
+            input: x.data_ptr(),
+            weight: packed.data.data_ptr(),
+            out: out.data_ptr(),
+            rows: 13,
+            inputs: 301,
+            outputs: 77,
+            half: false,
+            paired: false,
+        };
+        unsafe { product.share::<[f32; LANES]>(0, 1) };
+        assert!(out.equal(&right));
+    }
+
+    #[test]
+    fn what_is_no_plain_case_is_left_alone() {
+        assert!(Packed::of(&random(&[8], Kind::Float)).unwrap().is_none(), "no matrix");
+        assert!(Packed::of(&random(&[8, 4], Kind::Float).set_requires_grad(true)).unwrap().is_none(), "gradients");
+        assert!(Packed::of(&random(&[8, 4], Kind::Double)).unwrap().is_none(), "another type");
+        let weight = Packed::of(&random(&[8, 16], Kind::Float)).unwrap().unwrap();
+        assert!(weight.product(&random(&[1, 15], Kind::Float)).unwrap().is_none(), "sizes that do not fit");
+        assert!(weight.product(&random(&[1, 16], Kind::BFloat16)).unwrap().is_none(), "mixed types");
+        assert!(weight.product(&random(&[1, 16], Kind::Float).set_requires_grad(true)).unwrap().is_none(), "gradients");
+        assert_eq!(weight.product(&random(&[0, 16], Kind::Float)).unwrap().unwrap().size(), [0, 8], "no rows");
+    }
+}
