@@ -604,16 +604,13 @@ fn drafters_are_shown_the_state_before_the_last_token() {
             // Now and then something right, so that rows other than the first are chosen from.
             let first = context.tokens[context.tokens.len() % 4];
             let tree = Tree::from_beams(context.root(), [[first, first].as_slice(), &[context.root(), context.root()]]);
-            Ok(Draft { tree, proposal: None })
+            Ok(Draft { tree, proposal: None, forwards: 0 })
         }
         fn limit(&self) -> Shape {
             Shape { width: 2, length: 2 }
         }
         fn usual(&self) -> Shape {
             self.limit()
-        }
-        fn forwards(&self, _: Shape) -> usize {
-            0
         }
     }
     let shown = Shown::default();

@@ -418,8 +418,14 @@ fn chains_are_drawn_from_what_they_say() {
     let shape = Shape { width: 1, length: 2 };
     let (mut cells, mut exact) = (vec![], vec![0.0; VOCAB * VOCAB]);
     for seed in 0..8_000u64 {
-        let asked =
-            Drafting { drafter: DrafterKind::Chain, row: 0, shape, temperature: 1.0, seed: seed.wrapping_mul(0x9e37_79b9) };
+        let asked = Drafting {
+            drafter: DrafterKind::Chain,
+            row: 0,
+            shape,
+            least: 0.0,
+            temperature: 1.0,
+            seed: seed.wrapping_mul(0x9e37_79b9),
+        };
         let context = Context { model: &world.model, tokens: &tokens, hidden, asked };
         let proposal = tch::no_grad(|| chain.draft(&context).unwrap()).proposal.unwrap();
         cells.push(cell(&proposal.tokens));

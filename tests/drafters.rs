@@ -171,7 +171,7 @@ fn medusa_trees_are_the_authors() {
         let (_, best) = reference("logits").select(1, row).topk(10, -1, true, true);
         let best: Vec<Vec<u32>> = (0..4).map(|head| numbers(&best.get(head))).collect();
         let hidden = reference("hidden").narrow(0, row, 1);
-        let asked = Drafting { drafter: DrafterKind::Medusa, row: 0, shape: MEDUSA, temperature: 0.0, seed: 0 };
+        let asked = Drafting { drafter: DrafterKind::Medusa, row: 0, shape: MEDUSA, least: 0.0, temperature: 0.0, seed: 0 };
         let drafted = heads.draft(&Context { model: &model, tokens: &[root], hidden: &hidden, asked }).unwrap();
         for tree in [medusa::tree(root, &best, MEDUSA), drafted.tree] {
             assert_eq!(tree.tokens(), parse::<Vec<u32>>(&candidates["tree"]), "row {row}");

@@ -95,7 +95,7 @@ fn drafted_rightly(out: &Path, kind: DrafterKind) -> f64 {
                 model: &model,
                 tokens: &text.tokens[..place + 2],
                 hidden: &hidden.select(1, place as i64),
-                asked: Drafting { drafter: kind, row: 0, shape: best, temperature: 0.0, seed: 0 },
+                asked: Drafting { drafter: kind, row: 0, shape: best, least: 0.0, temperature: 0.0, seed: 0 },
             })
             .unwrap();
         assert_eq!(draft.tree.tokens()[0], text.tokens[place + 1]);

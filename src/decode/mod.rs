@@ -249,6 +249,8 @@ pub struct Drafting {
     pub row: usize,
     /// The widest and longest draft.
     pub shape: autoregressive::adaptation::Shape,
+    /// Candidates that a drafter thinks less probable than this, their prefix included, are better left out; 0 keeps them all.
+    pub least: f64,
     /// For drafters that draw their candidates: how, and from which stream.
     pub temperature: f64,
     pub seed: u64,

@@ -50,7 +50,7 @@ impl Drafter for Chain {
                 tokens,
             }),
         };
-        Ok(Draft { tree, proposal })
+        Ok(Draft { tree, proposal, forwards: asked.shape.length })
     }
 
     fn limit(&self) -> Shape {
@@ -63,9 +63,5 @@ impl Drafter for Chain {
 
     fn bytes(&self) -> usize {
         self.0.bytes()
-    }
-
-    fn forwards(&self, shape: Shape) -> usize {
-        shape.length
     }
 }

@@ -18,7 +18,7 @@ impl Drafter for Lookup {
         let tokens = &context.tokens[context.tokens.len().saturating_sub(REACH)..];
         let found = continuation(tokens, context.asked.shape.length);
         let beams = (!found.is_empty()).then_some(found);
-        Ok(Draft { tree: Tree::from_beams(context.root(), beams), proposal: None })
+        Ok(Draft { tree: Tree::from_beams(context.root(), beams), proposal: None, forwards: 0 })
     }
 
     fn limit(&self) -> Shape {
@@ -32,10 +32,6 @@ impl Drafter for Lookup {
     /// Most text does not repeat itself.
     fn prior(&self) -> f64 {
         0.4
-    }
-
-    fn forwards(&self, _shape: Shape) -> usize {
-        0
     }
 }
 

@@ -52,7 +52,7 @@ pub fn draft(model: &Transformer, drafter: &dyn Drafter, kind: DrafterKind) -> R
         let tokens: Vec<u32> = (0..PAST as u32).map(|at| at % 2).collect();
         let shapes = shapes(drafter.limit());
         let usual = medians(shapes.len(), |shape| {
-            let asked = Drafting { drafter: kind, row: 0, shape: shapes[shape], temperature: 0.0, seed: 0 };
+            let asked = Drafting { drafter: kind, row: 0, shape: shapes[shape], least: 0.0, temperature: 0.0, seed: 0 };
             drafter.draft(&Context { model, tokens: &tokens, hidden: &hidden, asked }).map(drop)
         })?;
         let cost = |(shape, seconds): (Shape, f64)| DraftCost { shape, candidates: drafter.nodes(shape), seconds };

@@ -160,12 +160,12 @@ impl Drafter for Medusa {
             rows.push(self.logits(head, context.hidden)?);
         }
         if rows.is_empty() {
-            return Ok(Draft { tree: Tree::root(context.root()), proposal: None });
+            return Ok(Draft { tree: Tree::root(context.root()), proposal: None, forwards: 0 });
         }
         let (_, best) = Tensor::f_cat(&rows, 0)?.f_to_kind(Kind::Float)?.f_topk(top, -1, true, true)?;
         let best: Vec<i64> = Vec::try_from(&best.f_to_device(Device::Cpu)?.f_contiguous()?.f_view(-1)?)?;
         let best: Vec<Vec<u32>> = best.chunks(top as usize).map(|row| row.iter().map(|id| *id as u32).collect()).collect();
-        Ok(Draft { tree: tree(context.root(), &best, shape), proposal: None })
+        Ok(Draft { tree: tree(context.root(), &best, shape), proposal: None, forwards: heads })
     }
 
     fn limit(&self) -> Shape {
@@ -182,9 +182,5 @@ impl Drafter for Medusa {
 
     fn nodes(&self, shape: Shape) -> usize {
         paths(shape).count()
-    }
-
-    fn forwards(&self, shape: Shape) -> usize {
-        self.heads.len().min(shape.length)
     }
 }

@@ -48,6 +48,8 @@ pub struct Draft {
     pub tree: Tree,
     /// For a chain of drawn tokens: row `i` judges the token behind node `i`.
     pub proposal: Option<Proposal>,
+    /// Sequences that the drafter's own network saw.
+    pub forwards: usize,
 }
 
 /// Proposes candidates.
@@ -74,9 +76,6 @@ pub trait Drafter: Send {
     fn bytes(&self) -> usize {
         0
     }
-
-    /// Sequences that the drafter's own network sees in one draft, for the count of forwards.
-    fn forwards(&self, shape: Shape) -> usize;
 }
 
 /// What requests may ask of a drafter.
@@ -147,7 +146,7 @@ impl Drafters {
     pub fn draft(&self, context: &Context) -> Result<Draft, ModelError> {
         match self.get(context.asked.drafter) {
             Some(drafter) => drafter.draft(context),
-            None => Ok(Draft { tree: Tree::root(context.root()), proposal: None }),
+            None => Ok(Draft { tree: Tree::root(context.root()), proposal: None, forwards: 0 }),
         }
     }
 

@@ -73,6 +73,8 @@ pub struct Redrafter {
 pub struct Search {
     pub beams: Vec<Vec<u32>>,
     pub scores: Vec<f32>,
+    /// Tokens that the head foresaw one after another.
+    pub steps: usize,
 }
 
 struct FolderSource<'a> {
@@ -232,7 +234,20 @@ impl Redrafter {
 
     /// The `shape.width` best continuations of `root` by `shape.length` tokens. `context` is `[1, hidden]`.
     pub fn search(&self, model: &Transformer, context: &Tensor, root: u32, shape: Shape) -> Result<Search, ModelError> {
-        match search::search(self, model, context, root, shape) {
+        self.search_sure(model, context, root, shape, 0.0)
+    }
+
+    /// Likewise, without candidates less probable than `least`: a beam ends before them. (Only where the kernels read the head: to
+    /// look at a score on another device would take longer than to go on.)
+    pub fn search_sure(
+        &self,
+        model: &Transformer,
+        context: &Tensor,
+        root: u32,
+        shape: Shape,
+        least: f64,
+    ) -> Result<Search, ModelError> {
+        match search::search(self, model, context, root, shape, least.ln() as f32) {
             Some(found) => Ok(found),
             None => self.search_tensors(model, context, root, shape),
         }
@@ -265,10 +280,10 @@ impl Redrafter {
             scores = Some(score);
             steps.extend([tokens, parents]);
         }
-        let Some(scores) = scores else { return Ok(Search { beams: vec![], scores: vec![] }) };
+        let Some(scores) = scores else { return Ok(Search { beams: vec![], scores: vec![], steps: 0 }) };
         let scores: Vec<f32> = Vec::try_from(&scores.f_to_device(Device::Cpu)?)?;
         let all = Tensor::f_cat(&steps, 0)?.f_to_device(Device::Cpu)?;
-        Ok(Search { beams: trace(&Vec::<i64>::try_from(&all)?, &steps, scores.len()), scores })
+        Ok(Search { beams: trace(&Vec::<i64>::try_from(&all)?, &steps, scores.len()), scores, steps: shape.length })
     }
 
     pub fn bytes(&self) -> usize {
@@ -314,9 +329,10 @@ pub struct Beams(pub Redrafter);
 
 impl Drafter for Beams {
     fn draft(&self, context: &Context) -> Result<Draft, ModelError> {
-        let found = self.0.search(context.model, context.hidden, context.root(), context.asked.shape)?;
+        let asked = context.asked;
+        let found = self.0.search_sure(context.model, context.hidden, context.root(), asked.shape, asked.least)?;
         let tree = Tree::from_beams(context.root(), found.beams.iter().map(Vec::as_slice));
-        Ok(Draft { tree, proposal: None })
+        Ok(Draft { tree, proposal: None, forwards: found.steps })
     }
 
     fn limit(&self) -> Shape {
@@ -329,9 +345,5 @@ impl Drafter for Beams {
 
     fn bytes(&self) -> usize {
         self.0.bytes()
-    }
-
-    fn forwards(&self, shape: Shape) -> usize {
-        shape.length
     }
 }

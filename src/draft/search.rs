@@ -15,13 +15,17 @@ struct Beams {
     scores: Vec<f32>,
 }
 
-/// As [`Redrafter::search`]; `None` if weights, table or context are of a kind that the kernels do not read.
-pub fn search(head: &Redrafter, model: &Transformer, context: &Tensor, root: u32, shape: Shape) -> Option<Search> {
+/// As [`Redrafter::search_sure`], with a logarithm for the least probability; `None` if weights, table or context are of a kind that
+/// the kernels do not read.
+pub fn search(head: &Redrafter, model: &Transformer, context: &Tensor, root: u32, shape: Shape, least: f32) -> Option<Search> {
     let hidden = head.settings().hidden_size;
     let mut given = vec![0f32; hidden];
     row(context, 0, &mut given)?;
     let mut beams = Beams { states: advance(head, model, &[root], None)?, tokens: vec![vec![]], scores: vec![0.0] };
-    for step in 0..shape.length {
+    let mut ended: Vec<(Vec<u32>, f32)> = vec![];
+    let mut steps = 0;
+    while steps < shape.length {
+        steps += 1;
         let count = beams.scores.len();
         let logits = logits(head, &given, &beams.states, count)?;
         let rows = logits.len() / count;
@@ -36,11 +40,19 @@ pub fn search(head: &Redrafter, model: &Transformer, context: &Tensor, root: u32
         // Stable: of equal scores the earlier beam's and the better row's counts.
         candidates.sort_by(|a, b| b.0.total_cmp(&a.0));
         candidates.truncate(shape.width);
+        let sure = candidates.partition_point(|candidate| candidate.0 >= least);
+        let unsure = candidates.split_off(sure);
+        for beam in 0..count {
+            let goes_on = |candidates: &[(f32, usize, usize)]| candidates.iter().any(|candidate| candidate.1 == beam);
+            if goes_on(&unsure) && !goes_on(&candidates) {
+                ended.push((std::mem::take(&mut beams.tokens[beam]), beams.scores[beam]));
+            }
+        }
         let chosen: Vec<u32> = candidates.iter().map(|(_, _, row)| head.token(*row)).collect();
         let parents: Vec<usize> = candidates.iter().map(|(_, beam, _)| *beam).collect();
         let tokens = |(parent, token): (&usize, &u32)| beams.tokens[*parent].iter().copied().chain([*token]).collect();
         let tokens = parents.iter().zip(&chosen).map(tokens).collect();
-        let states = match step + 1 < shape.length {
+        let states = match steps < shape.length && !chosen.is_empty() {
             true => {
                 let before: Vec<f32> =
                     parents.iter().flat_map(|beam| &beams.states[beam * hidden..(beam + 1) * hidden]).copied().collect();
@@ -49,11 +61,13 @@ pub fn search(head: &Redrafter, model: &Transformer, context: &Tensor, root: u32
             false => vec![],
         };
         beams = Beams { states, tokens, scores: candidates.iter().map(|candidate| candidate.0).collect() };
+        if chosen.is_empty() {
+            break;
+        }
     }
-    if shape.length == 0 {
-        return Some(Search { beams: vec![], scores: vec![] });
-    }
-    Some(Search { beams: beams.tokens, scores: beams.scores })
+    let live = beams.tokens.into_iter().zip(beams.scores);
+    let (beams, scores) = live.chain(ended).filter(|(tokens, _)| !tokens.is_empty()).unzip();
+    Some(Search { beams, scores, steps })
 }
 
 fn silu(x: f32) -> f32 {

@@ -339,7 +339,7 @@ fn settle(
             let hidden = outcome.hidden.f_narrow(0, asked.row as i64, 1)?;
             let draft = drafters.draft(&Context { model, tokens: sequence.known(), hidden: &hidden, asked })?;
             aside.draft = started.elapsed();
-            aside.draft_forwards = drafters.get(asked.drafter).map_or(0, |drafter| drafter.forwards(asked.shape));
+            aside.draft_forwards = draft.forwards;
             residence.proposal = draft.proposal;
             sequence.propose(draft.tree);
         }

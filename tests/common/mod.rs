@@ -131,7 +131,7 @@ impl<F: Fn(&[u32], Shape) -> Vec<Vec<u32>> + Send> Drafter for Made<F> {
     fn draft(&self, context: &Context) -> Result<Draft, ModelError> {
         let beams = (self.0)(context.tokens, context.asked.shape);
         let tree = lacuna::decode::autoregressive::tree::Tree::from_beams(context.root(), beams.iter().map(Vec::as_slice));
-        Ok(Draft { tree, proposal: None })
+        Ok(Draft { tree, proposal: None, forwards: 0 })
     }
 
     fn limit(&self) -> Shape {
@@ -140,10 +140,6 @@ impl<F: Fn(&[u32], Shape) -> Vec<Vec<u32>> + Send> Drafter for Made<F> {
 
     fn usual(&self) -> Shape {
         self.limit()
-    }
-
-    fn forwards(&self, _shape: Shape) -> usize {
-        0
     }
 }
 

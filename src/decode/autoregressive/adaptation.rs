@@ -3,7 +3,8 @@
 //! A draft of width `w` and length `l` yields `τ = 1 + Σ_k survival[w][k]` tokens, where `survival[w][k]` is the share of drafts
 //! whose first `k` tokens were right within the first `w` beams, and costs one forward of its nodes and the drafter's own work. The
 //! best shape is that with most tokens a second; where plain decoding is better, nothing is drafted, and a small draft now and
-//! then looks whether that still holds. Costs are data: measured before the first draft, and corrected by what forwards and drafts
+//! then looks whether that still holds. Within a shape, a drafter that knows how sure it is leaves out what promises less than it costs
+//! ([`Adaptation::least`]): texts that it does not know cost little, and those that it does get long drafts. Costs are data: measured before the first draft, and corrected by what forwards and drafts
 //! then take ([`Adaptation::timed`]), since a machine is seldom as it was. This module has no clock.
 
 use std::sync::Arc;
@@ -69,6 +70,10 @@ const TIMED: (f64, f64) = (0.1, 3.0);
 const PLAIN_EVERY: usize = 64;
 /// Plain steps before the first draft of all.
 const PLAIN_FIRST: usize = 4;
+/// A drafter's time that is worth sparing, by a plain step's.
+const COSTLY: f64 = 0.01;
+/// Most plain steps after a draft that the drafter left empty; as many as were empty on end.
+const EMPTY_REST: usize = 8;
 /// The draft that looks.
 const LOOK: Shape = Shape { width: 1, length: 2 };
 
@@ -86,8 +91,14 @@ pub struct Adaptation {
     plain_steps: usize,
     /// `[width - 1][k - 1]`: share of drafts accepted to depth `k` within the first `width` beams.
     survival: Vec<Vec<f64>>,
+    /// Likewise, share of drafts that had a token at depth `k` at all: a drafter that is not sure stops early.
+    offered: Vec<Vec<f64>>,
     /// Nodes by candidates: how much sharing of prefixes leaves.
     packed: f64,
+    /// Tokens a second by plain decoding's, as expected of the draft chosen last.
+    gain: f64,
+    /// Drafts on end that the drafter left empty.
+    empty: usize,
     drafts: usize,
     /// Plain steps until the next look.
     resting: usize,
@@ -98,7 +109,8 @@ impl Adaptation {
     /// Before anything has been seen: each further token is expected to be right with probability `prior`. `limit` is the largest
     /// shape that will be asked about.
     pub fn new(costs: Arc<Costs>, limit: Shape, prior: f64) -> Self {
-        let survival = vec![(1..=limit.length as i32).map(|depth| prior.powi(depth)).collect(); limit.width];
+        let reaching =
+            |from: i32| vec![(from..from + limit.length as i32).map(|depth| prior.powi(depth)).collect(); limit.width];
         let (plain, eight) = (costs.verify(1.0), costs.verify(8.0));
         let further = (eight - plain).max(0.0) / 7.0;
         let (drafting, since_plain, plain_steps) = (1.0, 0, 0);
@@ -109,8 +121,11 @@ impl Adaptation {
             drafting,
             since_plain,
             plain_steps,
-            survival,
+            survival: reaching(1),
+            offered: reaching(0),
             packed: 0.8,
+            gain: 1.0,
+            empty: 0,
             drafts: 0,
             resting: 0,
             rest: REST.0,
@@ -119,15 +134,19 @@ impl Adaptation {
 
     /// What a sequence begins with: what others saw.
     pub fn fresh(&self) -> Self {
-        Self { drafts: 0, resting: 0, rest: REST.0, ..self.clone() }
+        Self { drafts: 0, resting: 0, rest: REST.0, empty: 0, ..self.clone() }
     }
 
     /// Takes in what a finished sequence saw.
     pub fn learn(&mut self, other: &Self) {
         let weight = other.drafts as f64 / (other.drafts as f64 + 20.0);
-        for (mine, theirs) in self.survival.iter_mut().flatten().zip(other.survival.iter().flatten()) {
-            *mine += weight * (theirs - *mine);
-        }
+        let shares = |of: &mut Vec<Vec<f64>>, others: &[Vec<f64>]| {
+            for (mine, theirs) in of.iter_mut().flatten().zip(others.iter().flatten()) {
+                *mine += weight * (theirs - *mine);
+            }
+        };
+        shares(&mut self.survival, &other.survival);
+        shares(&mut self.offered, &other.offered);
         self.packed += weight * (other.packed - self.packed);
         // Costs are the machine's, not the text's: the newest count.
         (self.plain, self.further, self.drafting) = (other.plain, other.further, other.drafting);
@@ -172,8 +191,16 @@ impl Adaptation {
     }
 
     fn seconds(&self, draft: &DraftCost) -> f64 {
-        let packed = if draft.shape.width == 1 { 1.0 } else { self.packed };
-        self.drafting * draft.seconds + self.verify(1.0 + packed * draft.candidates as f64)
+        let Shape { width, length } = draft.shape;
+        let packed = if width == 1 { 1.0 } else { self.packed };
+        let offered = self.offered[width - 1][..length].iter().sum::<f64>() / length.max(1) as f64;
+        self.drafting * draft.seconds + self.verify(1.0 + packed * offered * draft.candidates as f64)
+    }
+
+    /// The probability that a candidate must have to be worth its place in the forward: what that place costs, in the tokens that
+    /// would be decoded meanwhile.
+    pub fn least(&self) -> f64 {
+        (self.gain.max(1.0) * self.further / self.plain.max(1e-9)).clamp(0.0, 0.9)
     }
 
     /// The shape within `limit` to draft next, or `None` where a plain step is better.
@@ -191,13 +218,14 @@ impl Adaptation {
         if self.plain_steps < PLAIN_FIRST || self.since_plain >= PLAIN_EVERY {
             return None;
         }
-        if best >= MARGIN {
-            self.rest = REST.0;
-            return Some(shape);
-        }
+        self.gain = best;
         if self.resting > 0 {
             self.resting -= 1;
             return None;
+        }
+        if best >= MARGIN {
+            self.rest = REST.0;
+            return Some(shape);
         }
         // It does not pay: rest, longer each time, then look again.
         self.resting = self.rest;
@@ -206,9 +234,19 @@ impl Adaptation {
         (could_pay && fits(&look)).then_some(look)
     }
 
-    /// Takes in how far a draft was right: `path` are the nodes confirmed, the root first.
-    pub fn observe(&mut self, tree: &Tree, path: &[usize]) {
+    /// Takes in that the drafter, asked for a draft of `shape`, was not sure of anything. Where asking takes time, it is asked less.
+    pub fn nothing(&mut self, shape: Shape) {
+        let asking = self.costs.draft.iter().find(|cost| cost.shape == shape).map_or(0.0, |cost| self.drafting * cost.seconds);
+        if asking > COSTLY * self.plain {
+            self.empty += 1;
+            self.resting = self.empty.min(EMPTY_REST);
+        }
+    }
+
+    /// Takes in how far a draft was right that had been asked for in `asked`: `path` are the nodes confirmed, the root first.
+    pub fn observe(&mut self, tree: &Tree, path: &[usize], asked: Shape) {
         self.drafts += 1;
+        self.empty = 0;
         let newest = NEWEST.max(1.0 / (self.drafts as f64 + 2.0));
         let width = tree.ranks().iter().max().map_or(0, |rank| rank + 1).min(self.survival.len());
         if width > 1 {
@@ -217,10 +255,17 @@ impl Adaptation {
         }
         for beams in 1..=width {
             let right = path[1..].iter().take_while(|node| tree.ranks()[**node] < beams).count();
-            // Where a whole draft was right, nothing is known of what would have followed it.
-            let known = if right >= tree.depth() { right } else { usize::MAX };
-            for (at, survival) in self.survival[beams - 1].iter_mut().enumerate().take(known) {
-                *survival += newest * (f64::from(u8::from(at < right)) - *survival);
+            // Where a whole draft was right, nothing is known of what would have followed it, unless the drafter knew no more.
+            let known = if right >= asked.length { right } else { usize::MAX };
+            let nodes = tree.ranks().iter().zip(tree.depths()).filter(|(rank, _)| **rank < beams);
+            let depth = nodes.map(|(_, depth)| *depth).max().unwrap_or(0);
+            let moved = |share: &mut f64, yes: bool| *share += newest * (f64::from(u8::from(yes)) - *share);
+            let shares = self.survival[beams - 1].iter_mut().zip(&mut self.offered[beams - 1]);
+            for (at, (survival, offered)) in shares.enumerate().take(known) {
+                moved(survival, at < right);
+                if at < asked.length {
+                    moved(offered, at < depth);
+                }
             }
         }
         // More beams are right at least as often.
@@ -271,19 +316,19 @@ mod tests {
         let mut adaptation = settled(0.02);
         for _ in 0..40 {
             let tree = chain(6);
-            adaptation.observe(&tree, &[0, 1, 2, 3, 4, 5, 6]);
+            adaptation.observe(&tree, &[0, 1, 2, 3, 4, 5, 6], LIMIT);
         }
         assert_eq!(adaptation.choose(LIMIT).map(|shape| shape.length), Some(6));
         for _ in 0..40 {
             if let Some(shape) = adaptation.choose(LIMIT) {
-                adaptation.observe(&chain(shape.length as u32), &[0]);
+                adaptation.observe(&chain(shape.length as u32), &[0], shape);
             }
         }
         // Wider drafts were never tried and fail too, once they are.
         let beams: Vec<Vec<u32>> = (1..=3).map(|first| vec![first; 6]).collect();
         for _ in 0..60 {
-            if adaptation.choose(LIMIT).is_some() {
-                adaptation.observe(&Tree::from_beams(0, beams.iter().map(Vec::as_slice)), &[0]);
+            if let Some(shape) = adaptation.choose(LIMIT) {
+                adaptation.observe(&Tree::from_beams(0, beams.iter().map(Vec::as_slice)), &[0], shape);
             }
         }
         let drafts = (0..200).filter(|_| adaptation.choose(LIMIT).is_some()).count();
@@ -320,7 +365,7 @@ mod tests {
         let mut adaptation = settled(0.005);
         let tree = Tree::from_beams(0, [[1, 2].as_slice(), &[3, 4]]);
         for _ in 0..30 {
-            adaptation.observe(&tree, &[0, 3, 4]);
+            adaptation.observe(&tree, &[0, 3, 4], Shape { width: 2, length: 2 });
         }
         assert!(adaptation.choose(LIMIT).is_some_and(|shape| shape.width >= 2));
     }
@@ -328,9 +373,38 @@ mod tests {
     #[test]
     fn however_short_drafts_may_be_it_looks_again() {
         let (mut adaptation, limit) = (settled(0.0), Shape { width: 1, length: 1 });
-        (0..30).for_each(|_| adaptation.observe(&chain(1), &[0]));
+        (0..30).for_each(|_| adaptation.observe(&chain(1), &[0], limit));
         let drafts = (0..100).filter(|_| adaptation.choose(limit) == Some(limit)).count();
         assert!((1..=4).contains(&drafts), "{drafts} looks in 100 steps");
+    }
+
+    #[test]
+    fn a_place_in_the_forward_must_be_worth_its_cost() {
+        let mut adaptation = settled(0.05);
+        assert!(adaptation.choose(LIMIT).is_some());
+        assert!((0.05..0.3).contains(&adaptation.least()), "{}", adaptation.least());
+        // Drafts that stop where they are not sure, and are right that far, keep their length and cost no more than they have.
+        for _ in 0..40 {
+            adaptation.observe(&chain(2), &[0, 1, 2], LIMIT);
+        }
+        assert!(adaptation.choose(LIMIT).is_some_and(|shape| shape.length >= 2));
+        assert!(settled(2.0).least() > 0.8, "a dear place needs a sure token");
+    }
+
+    #[test]
+    fn a_drafter_that_is_never_sure_is_asked_less() {
+        let mut adaptation = settled(0.02);
+        let mut asked = 0;
+        for _ in 0..90 {
+            if let Some(shape) = adaptation.choose(LIMIT) {
+                asked += 1;
+                adaptation.nothing(shape);
+            }
+        }
+        assert!((8..20).contains(&asked), "{asked} times in 90 steps");
+        adaptation.observe(&chain(6), &[0, 1, 2, 3, 4, 5, 6], LIMIT);
+        adaptation.resting = 0;
+        assert!(adaptation.choose(LIMIT).is_some() && adaptation.choose(LIMIT).is_some(), "it was sure again");
     }
 
     #[test]

@@ -135,7 +135,7 @@ pub struct Autoregressive {
     /// Row, among those wanted last, after which the last committed token was chosen.
     row: usize,
     adaptation: Option<Adaptation>,
-    /// Tokens of the last forward behind the prompt, and the draft asked for after it, whose times are still to be told.
+    /// Tokens of the last forward behind the prompt, whose time is still to be told, and the draft asked for after it.
     ran: Option<usize>,
     asked: Option<Shape>,
     speculation: Speculation,
@@ -274,7 +274,8 @@ impl Decoder for Autoregressive {
 
     fn advance(&mut self, rows: &[RowStatistics]) -> Step {
         let mut chosen: Vec<&RowStatistics> = Vec::new();
-        (self.ran, self.asked) = ((!self.prefilling()).then(|| self.tree.len()), None);
+        self.ran = (!self.prefilling()).then(|| self.tree.len());
+        let asked = self.asked.take();
         if self.prefilling() {
             self.kept = (0..self.next_chunk()).collect();
             self.cached += self.kept.len();
@@ -292,8 +293,8 @@ impl Decoder for Autoregressive {
                 self.speculation.record(&self.tree, self.kept.len() - 1);
                 // What the end of the text cut off was neither right nor wrong.
                 let ended = self.kept.last().is_some_and(|node| ends.contains(&rows[*node].token));
-                if let (false, Some(adaptation)) = (ended, &mut self.adaptation) {
-                    adaptation.observe(&self.tree, &self.kept);
+                if let (false, Some(adaptation), Some(asked)) = (ended, &mut self.adaptation, asked) {
+                    adaptation.observe(&self.tree, &self.kept, asked);
                 }
             }
             chosen.extend(self.kept.iter().map(|node| &rows[*node]));
@@ -364,6 +365,7 @@ impl Decoder for Autoregressive {
             drafter: drafts.drafter,
             row: self.row,
             shape,
+            least: self.adaptation.as_ref().map_or(0.0, Adaptation::least),
             temperature: self.parameters.sampling.temperature,
             seed: mix(self.parameters.seed ^ !mix(self.step as u64)),
         })
@@ -371,6 +373,9 @@ impl Decoder for Autoregressive {
 
     fn propose(&mut self, candidates: Tree) {
         debug_assert_eq!(candidates.tokens()[0], self.last(), "candidates follow the last committed token");
+        if let (true, Some(adaptation), Some(asked)) = (candidates.is_empty(), &mut self.adaptation, self.asked) {
+            adaptation.nothing(asked);
+        }
         let tree = if self.parameters.deterministic { candidates.first_path() } else { candidates };
         self.tree = tree.cut(self.remaining().saturating_sub(1), self.nodes_max());
     }
