@@ -90,7 +90,14 @@ fn advance(head: &Redrafter, model: &Transformer, tokens: &[u32], states: Option
     let mut next = product(w, None, &embedded, tokens.len())?;
     let kept = match states {
         Some(states) => product(&u.weight, u.bias.as_ref(), states, tokens.len())?,
-        None => product(&u.weight, u.bias.as_ref(), &vec![0f32; next.len()], tokens.len())?,
+        // Of the state zero nothing is left but the bias.
+        None => {
+            let mut bias = vec![0f32; hidden];
+            if let Some(given) = &u.bias {
+                row(&given.view([1, -1]), 0, &mut bias)?;
+            }
+            bias.repeat(tokens.len())
+        }
     };
     next.iter_mut().zip(kept).for_each(|(next, kept)| *next = silu(*next + kept));
     Some(next)
