@@ -511,7 +511,7 @@ fn info(name: &str, generation: Value, context: usize) -> ModelInfo {
 fn ask(model: &ModelInfo, change: impl FnOnce(&mut GenerateOptions)) -> Result<Parameters, Invalid> {
     request(model, change).map(|request| match request.method {
         Method::Diffusion(parameters) => parameters,
-        Method::Autoregressive(_) => panic!("a block-causal model does diffusion"),
+        Method::Autoregressive(_) | Method::Scoring(_) => panic!("a block-causal model does diffusion"),
     })
 }
 

@@ -74,6 +74,8 @@ pub enum Noise {
     /// One number from 0 to 1 for each wanted row, which picks from the cumulated distribution. Rows that would predict the same
     /// position have the same number, so that drafts never change what a seed gives.
     Uniforms(Vec<f64>),
+    /// There is none: these are the tokens, one for each wanted row, however probable they are.
+    Given(Vec<u32>),
 }
 
 /// Logits become `unconditional + (scale + 1) · (conditional − unconditional)` (LLaDA, `generate.py`).

@@ -18,8 +18,9 @@ pub fn bytes_per_token(model: &Transformer) -> usize {
     kept.max(passing)
 }
 
-/// Tokens that residents may have together; at least one context's worth, since nothing smaller could serve the model.
-pub fn room(model: &Transformer) -> usize {
+/// Tokens that residents may have together where so many models share the memory; at least one context's worth, since nothing smaller
+/// could serve the model.
+pub fn room(model: &Transformer, sharers: usize) -> usize {
     let free = free_memory(model.placement().device).unwrap_or(UNKNOWN);
-    ((free as f64 * SHARE) as usize / bytes_per_token(model).max(1)).max(model.context())
+    ((free as f64 * SHARE) as usize / sharers.max(1) / bytes_per_token(model).max(1)).max(model.context())
 }

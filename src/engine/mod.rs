@@ -11,6 +11,7 @@ pub mod prefix;
 pub mod request;
 pub mod runner;
 pub mod scheduler;
+pub mod scoring;
 pub mod sequence;
 pub mod text;
 pub mod usage;
@@ -56,6 +57,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Higher goes first where requests wait.
     pub priority: i32,
+    /// Whether its prompt is computed anew, whatever is known of its beginning, so that its cost is its own.
+    pub fresh: bool,
 }
 
 impl Request {
@@ -67,6 +70,7 @@ impl Request {
                 length * (1 + usize::from(parameters.cfg_scale != 0.0) + usize::from(parameters.cache.is_some()))
             }
             Method::Autoregressive(parameters) => length + parameters.drafts.map_or(1, |_| autoregressive::NODES_MAX),
+            Method::Scoring(_) => length,
         }
     }
 }
@@ -76,6 +80,8 @@ impl Request {
 pub enum Method {
     Diffusion(diffusion::Parameters),
     Autoregressive(autoregressive::Parameters),
+    /// A given text is read, not written.
+    Scoring(autoregressive::scoring::Parameters),
 }
 
 impl Method {
@@ -83,6 +89,7 @@ impl Method {
         match self {
             Self::Diffusion(parameters) => parameters.seed,
             Self::Autoregressive(parameters) => parameters.seed,
+            Self::Scoring(_) => 0,
         }
     }
 
@@ -90,6 +97,7 @@ impl Method {
         match self {
             Self::Diffusion(parameters) => &parameters.sampling,
             Self::Autoregressive(parameters) => &parameters.sampling,
+            Self::Scoring(parameters) => &parameters.sampling,
         }
     }
 
@@ -98,15 +106,22 @@ impl Method {
         match self {
             Self::Diffusion(parameters) => &parameters.end_of_text.ids,
             Self::Autoregressive(parameters) => &parameters.ends,
+            // An end-of-text in the text is a token like any other.
+            Self::Scoring(_) => &[],
         }
     }
 
     /// Who drafts, if anyone.
     pub fn drafts(&self) -> Option<autoregressive::Drafts> {
         match self {
-            Self::Diffusion(_) => None,
             Self::Autoregressive(parameters) => parameters.drafts,
+            Self::Diffusion(_) | Self::Scoring(_) => None,
         }
+    }
+
+    /// Whether tokens come with their log-probabilities.
+    pub fn logprobs(&self) -> bool {
+        matches!(self, Self::Scoring(_)) || self.sampling().alternatives > 0
     }
 }
 
@@ -268,7 +283,7 @@ impl Engine {
     pub fn start(model: Transformer, drafters: Drafters, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
         // This thread has probably loaded the model; from here on another one computes.
         crate::tensor::kernels::release_threads();
-        let tokens = limits.tokens.unwrap_or_else(|| memory::room(&model));
+        let tokens = limits.tokens.unwrap_or_else(|| memory::room(&model, 1));
         let bounds = Bounds {
             resident: limits.resident,
             tokens,
@@ -324,6 +339,11 @@ impl Engine {
     /// Requests that wait, are decoded, or have not been read to the end.
     pub fn active(&self) -> usize {
         self.state.book().scheduler.active()
+    }
+
+    /// Whether further requests are refused.
+    pub fn draining(&self) -> bool {
+        self.state.draining.load(Ordering::Acquire)
     }
 
     /// Takes no further requests; those that are in run to their end.

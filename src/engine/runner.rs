@@ -19,7 +19,7 @@ use crate::tensor::{Kind, Tensor};
 /// Rows of one forward: enough to fill any device with work, few enough for their activations to be small beside the weights.
 const ROWS_MAX: usize = 2048;
 /// Logits that exist at one time, unless one window alone wants more.
-const LOGITS_MAX: usize = 1 << 25;
+pub const LOGITS_MAX: usize = 1 << 25;
 
 /// Where a forward's time went; of a shared one, a window's part by its rows.
 #[derive(Clone, Copy, Debug, Default)]

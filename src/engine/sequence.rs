@@ -105,6 +105,9 @@ impl Sequence {
         let step = self.decoder.advance(&outcome.rows);
         self.usage.count(purpose, outcome);
         let since = self.started.elapsed();
+        if !step.edits.is_empty() {
+            self.usage.time_to_first_provisional.get_or_insert(since);
+        }
         if step.edits.iter().any(|edit| edit.status != Status::Provisional) {
             self.usage.time_to_first_commit.get_or_insert(since);
         }

@@ -19,6 +19,8 @@ pub struct Usage {
     pub forwards: Forwards,
     pub steps: usize,
     pub queued: Duration,
+    /// To the first guess at a token, or to its commitment where nobody guesses.
+    pub time_to_first_provisional: Option<Duration>,
     pub time_to_first_commit: Option<Duration>,
     pub decoding: Duration,
     /// What drafting came to, where there was any.

@@ -15,6 +15,7 @@ use super::scheduler::{self, Id};
 use super::sequence::Sequence;
 use super::{Event, Failure, IDLE, Job, Method, Reply, Request, State, StepError};
 use crate::checkpoint::tokenizer::Tokenizer;
+use crate::decode::autoregressive::scoring::Scoring;
 use crate::decode::autoregressive::{Autoregressive, DrafterKind};
 use crate::decode::{Decoder, Purpose, Window, diffusion};
 use crate::draft::Drafters;
@@ -81,6 +82,8 @@ struct Resident {
     sequence: Sequence,
     residence: Residence,
     drafter: Option<DrafterKind>,
+    /// Whether it neither takes from the store nor adds to it.
+    fresh: bool,
     /// Whether what it has of its prompt is in the store.
     stored: bool,
     since: Instant,
@@ -198,19 +201,20 @@ impl Worker {
     /// Gives a request its place, and its reader what there is before the first step.
     fn take(&mut self, job: Job) {
         let Job { id, request, reply, submitted } = job;
-        let Request { id: name, canvas, method, stops, steps, deadline, .. } = request;
+        let Request { id: name, canvas, method, stops, steps, deadline, fresh, .. } = request;
         let reader = Reader { id, name, reply, outbox: Outbox::default(), steps, deadline };
         let book = self.state.book();
         let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
         drop(book);
         self.prefixes.shrink(room);
         let begun = guarded(|| {
-            let (ends, drafts, logprobs) = (method.ends().to_vec(), method.drafts(), method.sampling().alternatives > 0);
+            let (ends, drafts, logprobs) = (method.ends().to_vec(), method.drafts(), method.logprobs());
             let decoder: Box<dyn Decoder> = match method {
                 Method::Diffusion(parameters) => {
                     let config = self.model.config();
                     diffusion::decoder(parameters, canvas, config.attention, config.shift)
                 }
+                Method::Scoring(parameters) => Box::new(Scoring::new(parameters, &canvas.sequence()[..canvas.prompt_len()])),
                 Method::Autoregressive(parameters) => {
                     let adaptation = match drafts.filter(|drafts| drafts.adapt) {
                         Some(drafts) => self.drafters.adaptation(drafts.drafter, &self.model)?,
@@ -224,7 +228,7 @@ impl Worker {
                 sequence = sequence.with_logprobs();
             }
             let mut residence = Residence::new(&self.model, &sequence)?;
-            if let (true, Some(cache)) = (sequence.decoder().resumable(), &mut residence.cache) {
+            if let (true, Some(cache)) = (sequence.decoder().resumable() && !fresh, &mut residence.cache) {
                 let known = self.prefixes.load(sequence.known(), cache)?;
                 sequence.resume(known);
             }
@@ -233,7 +237,8 @@ impl Worker {
         });
         match begun {
             Ok((sequence, residence, drafter, events)) => {
-                let mut resident = Resident { reader, sequence, residence, drafter, stored: false, since: Instant::now() };
+                let mut resident =
+                    Resident { reader, sequence, residence, drafter, fresh, stored: false, since: Instant::now() };
                 match resident.sequence.finish_reason() {
                     None => {
                         resident.reader.take(events);
@@ -305,7 +310,11 @@ impl Worker {
 
     /// Keeps the keys of a prompt for others, once they are all there, and those of the text behind it at its end.
     fn remember(&mut self, resident: &mut Resident) {
-        let Some(cache) = resident.residence.cache.as_ref().filter(|_| resident.sequence.decoder().resumable()) else { return };
+        let Some(cache) =
+            resident.residence.cache.as_ref().filter(|_| resident.sequence.decoder().resumable() && !resident.fresh)
+        else {
+            return;
+        };
         let prompt = !resident.stored && cache.len() + 1 >= resident.sequence.decoder().canvas().prompt_len();
         if prompt || resident.sequence.finish_reason().is_some() {
             resident.stored = true;

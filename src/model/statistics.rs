@@ -60,7 +60,8 @@ fn best(logits: &Tensor, conditions: &Conditions) -> Result<Option<Vec<RowStatis
     let Sampling { temperature, top_k, top_p, min_p, unconfident, margin, entropy, penalties, alternatives, .. } =
         conditions.sampling;
     let filters = top_k.is_some() || top_p.is_some() || min_p.is_some() || penalties.any();
-    if *temperature != 0.0 || filters || !unconfident.is_empty() || *margin || *entropy || *alternatives > 0 {
+    let given = matches!(conditions.noise, Noise::Given(_));
+    if given || *temperature != 0.0 || filters || !unconfident.is_empty() || *margin || *entropy || *alternatives > 0 {
         return Ok(None);
     }
     let found = kernels::rows::best(logits, &conditions.sampling.forbidden, &conditions.sampling.logit_bias)?;
@@ -104,6 +105,10 @@ fn chunk_statistics(
     let drawn = filtered(base, sampling)?;
     let drawn = drawn.as_ref().unwrap_or(base);
     let token = match conditions.noise {
+        Noise::Given(tokens) => {
+            let tokens: Vec<i64> = tokens[first..first + rows].iter().map(|id| i64::from(*id)).collect();
+            Tensor::f_from_slice(&tokens)?.f_view([-1, 1])?.f_to_device(plain.device())?
+        }
         _ if sampling.temperature == 0.0 => drawn.f_argmax(-1, true)?,
         Noise::Seed(_) => {
             // argmax(logits / T + Gumbel), with the noise as −ln of an exponential, in f64 (arXiv 2409.02908).

@@ -58,6 +58,7 @@ impl Translator {
         let (diffusion, autoregressive) = match &self.method {
             Method::Diffusion(parameters) => (Some(diffusion(parameters)), None),
             Method::Autoregressive(parameters) => (None, Some(autoregressive(parameters))),
+            Method::Scoring(_) => (None, None),
         };
         proto::Started {
             request_id: self.id.clone(),

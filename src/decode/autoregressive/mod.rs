@@ -1,10 +1,11 @@
 //! Decoding from left to right: a [`Decoder`] that prefills its prompt in chunks and then commits one token a step, or several
 //! where a drafter's candidates turn out to be what the network chooses.
 //!
-//! [`tree`] holds candidates and the walk that verifies them, [`adaptation`] decides how much to draft. The machine keeps count of
-//! what the cache holds; it has no cache, no drafter and no clock.
+//! [`tree`] holds candidates and the walk that verifies them, [`adaptation`] decides how much to draft, [`scoring`] reads a text that
+//! is given. The machine keeps count of what the cache holds; it has no cache, no drafter and no clock.
 
 pub mod adaptation;
+pub mod scoring;
 pub mod tree;
 
 use std::collections::BTreeMap;

@@ -134,7 +134,7 @@ pub enum Invalid {
     Unsupported(String),
 }
 
-fn invalid<T>(field: &'static str, reason: impl Into<String>) -> Result<T, Invalid> {
+pub(super) fn invalid<T>(field: &'static str, reason: impl Into<String>) -> Result<T, Invalid> {
     Err(Invalid::Field { field, reason: reason.into() })
 }
 
@@ -220,7 +220,7 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
         return invalid("priority", format!("{} is not from -{PRIORITY_MAX} to {PRIORITY_MAX}", options.priority));
     }
     let GenerateOptions { id, stops, steps, deadline, priority, .. } = options;
-    Ok(Request { id, canvas, method, stops, steps, deadline, priority })
+    Ok(Request { id, canvas, method, stops, steps, deadline, priority, fresh: false })
 }
 
 /// Whether `model` can do it, and whether only its own settings are given.
@@ -247,7 +247,7 @@ fn check_method(model: &ModelInfo, options: &GenerateOptions, kind: MethodKind) 
     }
 }
 
-fn prompt_ids(model: &ModelInfo, prompt: &Prompt) -> Result<Vec<u32>, Invalid> {
+pub(super) fn prompt_ids(model: &ModelInfo, prompt: &Prompt) -> Result<Vec<u32>, Invalid> {
     let encode = |field: &'static str, text: &str| {
         if text.len() > PROMPT_BYTES_MAX {
             return invalid(field, format!("{} bytes are more than {PROMPT_BYTES_MAX}", text.len()));
