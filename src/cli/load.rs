@@ -1,15 +1,19 @@
 //! Flags that say which model to run and where, and the way from them to a loaded network. Shared by every command that runs one.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::checkpoint::Checkpoint;
 use crate::draft::Drafters;
+use crate::engine::memory;
 use crate::engine::request::{ModelInfo, check_defaults};
+use crate::engine::{Engine, Limits};
 use crate::model::{Transformer, manifest};
+use crate::service::Served;
 use crate::tensor::{self, Device, Dtype, Placement};
 
 /// Bytes of weights from which loading takes long enough to show its progress; a disc reads so many in about half a second.
@@ -20,6 +24,13 @@ pub struct ModelOptions {
     /// Model folder in Hugging Face layout, or GGUF file
     #[arg(long, value_name = "PATH", default_value = "models/nano")]
     pub model: PathBuf,
+    #[command(flatten)]
+    pub run: RunOptions,
+}
+
+/// How a model is run.
+#[derive(Args, Clone, Debug)]
+pub struct RunOptions {
     /// Folder of draft heads, with redrafter/ or medusa/ in it [default: drafters/ in the model's folder]
     #[arg(long, value_name = "DIR")]
     pub drafters: Option<PathBuf>,
@@ -39,10 +50,18 @@ pub struct ModelOptions {
 
 impl ModelOptions {
     /// Opens the model, loads the network and whatever drafts for it.
-    pub fn load(&self) -> Result<(ModelInfo, Transformer, Drafters)> {
+    pub fn load(&self) -> Result<Loaded> {
+        self.run.load(open(&self.model)?)
+    }
+}
+
+/// A model as requests see it, its network, and whatever drafts for it.
+pub type Loaded = (ModelInfo, Transformer, Drafters);
+
+impl RunOptions {
+    fn load(&self, checkpoint: Checkpoint) -> Result<Loaded> {
         tensor::set_threads(self.threads);
         let device = tensor::device(&self.device).map_err(anyhow::Error::msg)?;
-        let checkpoint = open(&self.model)?;
         // A CPU computes in f32 wherever it lacks bf16 units, and small models lose nothing by it; a GPU has those units.
         let stored = checkpoint.config.dtype.unwrap_or(Dtype::Bf16);
         let dtype = self.dtype.unwrap_or(if device == Device::Cpu { Dtype::F32 } else { stored });
@@ -50,13 +69,47 @@ impl ModelOptions {
         let bar = progress("loading", manifest(&checkpoint.config).len(), checkpoint.files.bytes());
         let network = checkpoint.load(placement, self.context as usize, &mut |_| bar.inc(1))?;
         bar.finish_and_clear();
-        let folder = self.drafters.clone().unwrap_or_else(|| self.model.join("drafters"));
+        let folder = self.drafters.clone().unwrap_or_else(|| checkpoint.path.join("drafters"));
         ensure!(self.drafters.is_none() || folder.is_dir(), "there is no folder {} of draft heads", folder.display());
         let drafters = Drafters::load(&folder, &checkpoint.config, placement).map_err(|error| anyhow!(error))?;
         let info = ModelInfo::new(checkpoint, network.context(), placement, drafters.infos());
         check_defaults(&info).map_err(anyhow::Error::msg)?;
         Ok((info, network, drafters))
     }
+}
+
+/// Loads all `models`, none before every one of them is known to be there under a name of its own.
+pub fn load_all(models: &[PathBuf], run: &RunOptions) -> Result<Vec<Loaded>> {
+    ensure!(
+        models.len() == 1 || run.drafters.is_none(),
+        "--drafters goes with one --model: with several, each has its own in drafters/ in its folder"
+    );
+    let mut checkpoints: Vec<Checkpoint> = vec![];
+    for path in models {
+        let checkpoint = open(path)?;
+        if let Some(other) = checkpoints.iter().find(|other| other.name() == checkpoint.name()) {
+            let (name, one) = (checkpoint.name(), other.path.display());
+            bail!("{one} and {} would both be called {name}: give them different names", path.display());
+        }
+        checkpoints.push(checkpoint);
+    }
+    let each = checkpoints.into_iter().map(|checkpoint| {
+        let name = checkpoint.name();
+        run.load(checkpoint).with_context(|| format!("model {name}"))
+    });
+    each.collect()
+}
+
+/// Starts an engine for each. The memory that is free now, with all weights in it, is shared out in equal parts.
+pub fn start_all(models: Vec<Loaded>, limits: Limits) -> Result<Vec<Served>> {
+    let sharers = models.len();
+    let rooms: Vec<usize> = models.iter().map(|(_, network, _)| memory::room(network, sharers)).collect();
+    let start = |((info, network, drafters), room): (Loaded, usize)| {
+        let limits = Limits { tokens: limits.tokens.or(Some(room)), ..limits };
+        let engine = Engine::start(network, drafters, info.tokenizer.clone(), limits);
+        Ok(Served { engine: engine.context("cannot start an engine's thread")?, info: Arc::new(info) })
+    };
+    models.into_iter().zip(rooms).map(start).collect()
 }
 
 /// Opens a model folder or GGUF file. One that is not there at all gets a word on where it might come from.

@@ -153,6 +153,7 @@ fn usage(usage: proto::Usage) -> Usage {
         forwards,
         steps: usage.steps as usize,
         queued: seconds(usage.queue_seconds),
+        time_to_first_provisional: usage.first_provisional_seconds.map(seconds),
         time_to_first_commit: usage.first_committed_seconds.map(seconds),
         decoding: seconds(usage.decoding_seconds),
         drafting: seconds(found.draft_seconds),

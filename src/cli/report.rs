@@ -32,6 +32,7 @@ pub fn usage_object(usage: &Usage) -> Value {
         "steps": usage.steps,
         "tokens_per_forward": ratio(usage.generated_tokens, forwards.model() as f64),
         "queued_seconds": usage.queued.as_secs_f64(),
+        "seconds_to_first_provisional": usage.time_to_first_provisional.map(|time| time.as_secs_f64()),
         "seconds_to_first_commit": usage.time_to_first_commit.map(|time| time.as_secs_f64()),
         "decoding_seconds": decoding,
         "tokens_per_second": ratio(usage.generated_tokens, decoding),

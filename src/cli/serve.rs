@@ -1,7 +1,7 @@
-//! `lacuna serve`: loads a model and puts it on gRPC until a signal ends it.
+//! `lacuna serve`: loads models and puts them on gRPC until a signal ends it.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,21 +9,24 @@ use clap::Args;
 use tokio::net::TcpListener;
 use tracing::{info, warn};
 
-use super::load::ModelOptions;
+use super::load::{self, RunOptions};
 use crate::engine::{Engine, Limits};
-use crate::service::{ServeOptions, Served, serve, shutdown_signal};
+use crate::service::{ServeOptions, serve, shutdown_signal};
 
 #[derive(Args, Debug)]
 pub struct Options {
+    /// Model folder in Hugging Face layout, or GGUF file; give one flag for each model, the default one first
+    #[arg(long, value_name = "PATH", default_value = "models/nano")]
+    pub model: Vec<PathBuf>,
     #[command(flatten)]
-    pub model: ModelOptions,
+    pub run: RunOptions,
     /// Where to listen; port 0 takes a free one and logs it
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
     pub address: SocketAddr,
-    /// Sequences decoded together
+    /// Sequences decoded together; like the next four, for each model
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub max_resident: usize,
-    /// Tokens, of canvas and cache, of all sequences decoded together [default: what fits half of the free memory]
+    /// Tokens, of canvas and cache, of all sequences decoded together [default: what fits half of the free memory, shared by the models]
     #[arg(long, value_name = "N", value_parser = tokens)]
     pub max_tokens: Option<usize>,
     /// Tokens whose keys are kept for requests that begin alike; 0 for none [default: a quarter of --max-tokens]
@@ -61,17 +64,19 @@ pub fn run(options: Options) -> Result<()> {
         if !options.address.ip().is_loopback() {
             warn!(address = %options.address, "listening beyond this machine, without encryption or accounts");
         }
-        let (model, network, drafters) = tokio::task::block_in_place(|| options.model.load())?;
-        let placement = network.placement();
-        info!(
-            model = model.name,
-            family = model.config.family.name,
-            device = placement.device_name(),
-            dtype = placement.dtype.name(),
-            threads = tch::get_num_threads(),
-            context = model.context,
-            "loaded"
-        );
+        let models = tokio::task::block_in_place(|| load::load_all(&options.model, &options.run))?;
+        for (model, network, _) in &models {
+            let placement = network.placement();
+            info!(
+                model = model.name,
+                family = model.config.family.name,
+                device = placement.device_name(),
+                dtype = placement.dtype.name(),
+                threads = tch::get_num_threads(),
+                context = model.context,
+                "loaded"
+            );
+        }
         let limits = Limits {
             resident: options.max_resident,
             queued: options.queue,
@@ -79,9 +84,8 @@ pub fn run(options: Options) -> Result<()> {
             queued_tokens: options.queue_tokens,
             prefix_tokens: options.prefix_tokens,
         };
-        let engine =
-            Engine::start(network, drafters, model.tokenizer.clone(), limits).context("cannot start the engine's thread")?;
-        let served = Served { info: Arc::new(model), engine: engine.clone() };
+        let served = load::start_all(models, limits)?;
+        let engines: Vec<Engine> = served.iter().map(|model| model.engine.clone()).collect();
         let settings = ServeOptions {
             request_time_max: Duration::from_secs(options.request_seconds),
             drain_timeout: Duration::from_secs(options.drain_seconds),
@@ -93,9 +97,9 @@ pub fn run(options: Options) -> Result<()> {
                 std::future::pending::<()>().await;
             }
         };
-        serve(listener, vec![served], settings, signal).await?;
+        serve(listener, served, settings, signal).await?;
         info!("stopped");
-        engine.rest();
+        engines.into_iter().for_each(Engine::rest);
         anyhow::Ok(())
     })
 }

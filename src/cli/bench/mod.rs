@@ -224,12 +224,12 @@ fn count(text: &str) -> Result<usize, String> {
 }
 
 fn random(path: &Path, options: &Step) -> Result<Transformer> {
-    tensor::set_threads(options.model.threads);
-    let device = tensor::device(&options.model.device).map_err(anyhow::Error::msg)?;
+    tensor::set_threads(options.model.run.threads);
+    let device = tensor::device(&options.model.run.device).map_err(anyhow::Error::msg)?;
     let config = ModelConfig::read(path).with_context(|| format!("cannot take the shape from {}", path.display()))?;
     let stored = if device == Device::Cpu { Dtype::F32 } else { config.dtype.unwrap_or(Dtype::Bf16) };
-    let placement = Placement { device, dtype: options.model.dtype.unwrap_or(stored) };
+    let placement = Placement { device, dtype: options.model.run.dtype.unwrap_or(stored) };
     let _generator = tensor::seeded(options.seed);
-    tch::no_grad(|| Transformer::new(&config, placement, options.model.context as usize, &mut RandomWeights { placement }))
+    tch::no_grad(|| Transformer::new(&config, placement, options.model.run.context as usize, &mut RandomWeights { placement }))
         .map_err(|error| anyhow!(error))
 }
