@@ -1,5 +1,6 @@
 //! Whether generated text is right, and how fast it came: tasks, the execution of generated code, and measurements.
 
+pub mod distance;
 pub mod load;
 pub mod nano;
 pub mod sandbox;

@@ -121,7 +121,7 @@ pub fn path(field: &'static str, suffix: bool, autoregressive: bool) -> String {
     }
 }
 
-fn prompt(prompt: generate_request::Prompt) -> Prompt {
+pub fn prompt(prompt: generate_request::Prompt) -> Prompt {
     match prompt {
         generate_request::Prompt::Text(text) => Prompt::Text(text),
         generate_request::Prompt::TokenIds(tokens) => Prompt::Tokens(tokens.token_ids),

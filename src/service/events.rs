@@ -117,6 +117,7 @@ impl Translator {
             tokens_per_forward: by(usage.forwards.model() as f64),
             preparing_seconds: self.preparing.as_secs_f64(),
             queue_seconds: usage.queued.as_secs_f64(),
+            first_provisional_seconds: usage.time_to_first_provisional.map(|time| time.as_secs_f64()),
             first_committed_seconds: usage.time_to_first_commit.map(|time| time.as_secs_f64()),
             decoding_seconds: decoding,
             decoding_tokens_per_second: by(decoding),

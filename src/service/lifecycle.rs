@@ -77,7 +77,8 @@ pub async fn warm(registry: &Registry, health: &Health) {
     std::future::pending().await
 }
 
-async fn warm_one(model: &Served) -> Result<(), String> {
+/// Runs the smallest requests there are.
+pub async fn warm_one(model: &Served) -> Result<(), String> {
     run(model, convert::warm_up(None, Instant::now() + WARM_TIME_MAX)).await?;
     // The first request that drafts has the costs of drafting measured; let it be one of ours.
     let drafts = unsupported(&model.info, MethodKind::Autoregressive).is_none();

@@ -1,14 +1,16 @@
 //! The gRPC service: puts one engine per model on a listener, with health, reflection, deadlines and an orderly end.
 //!
 //! A call passes `boundary` (deadline, panics, unreadable messages), becomes an engine request in `convert`, and its events
-//! come back through `generation` and `events`. Every error is turned into a status in `status` and nowhere else.
+//! come back through `generation` and `events`; `compare` runs several of them on one prompt, for `local` callers too. Every error is turned into a status in `status` and nowhere else.
 //! `lifecycle` warms up and shuts down. The service knows nothing of tensors; the engine knows nothing of the service.
 
 mod boundary;
+mod compare;
 mod convert;
 mod events;
 mod generation;
 mod lifecycle;
+mod local;
 mod models;
 mod status;
 mod tokenization;
@@ -35,6 +37,7 @@ use proto::tokenization_server::TokenizationServer;
 
 pub use convert::{autoregressive_message, diffusion_message, sampling_message};
 pub use lifecycle::shutdown_signal;
+pub use local::Local;
 
 /// The public API as generated from `proto/lacuna/v1`: messages, servers and clients.
 #[allow(clippy::all, rustdoc::all, missing_docs, reason = "generated code")]

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
+use super::compare::{LANES_MAX, REFERENCE_BYTES_MAX};
 use super::proto::{self, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse};
 use super::{ServeError, ServeOptions, Served, convert, status};
 use crate::draft::DrafterInfo;
@@ -81,7 +82,7 @@ impl proto::models_server::Models for ModelsService {
     }
 }
 
-fn describe(model: &Served) -> proto::Model {
+pub fn describe(model: &Served) -> proto::Model {
     let (info, bounds) = (&model.info, model.engine.bounds());
     let (config, generation) = (&info.config, &info.generation);
     let parameters = config.parameters() as u64;
@@ -176,6 +177,8 @@ fn limits(options: &ServeOptions) -> proto::Limits {
         temperature_max: TEMPERATURE_MAX,
         cfg_scale_max: CFG_SCALE_MAX,
         logprobs_max: u64::from(LOGPROBS_MAX),
+        lanes_max: LANES_MAX as u64,
+        reference_bytes_max: REFERENCE_BYTES_MAX as u64,
         request_seconds_max: options.request_time_max.as_secs_f64(),
         streams_per_connection_max: options.streams_per_connection_max,
     }

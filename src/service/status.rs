@@ -23,15 +23,28 @@ pub fn bad_field(field: &str, reason: impl Into<String>) -> Status {
     status(Code::InvalidArgument, format!("{field}: {reason}"), details)
 }
 
+/// A status that is about one of several: `whose` says which one, and `path` gives the path of a field that it names.
+pub fn within(given: &Status, whose: &str, path: impl Fn(&str) -> String) -> Status {
+    let details = given.get_error_details();
+    let violation = details.bad_request().and_then(|bad| bad.field_violations.first());
+    match violation {
+        Some(found) => bad_field(&path(&found.field), format!("{whose}: {}", found.description)),
+        None => status(given.code(), format!("{whose}: {}", given.message()), details),
+    }
+}
+
 /// The engine's verdict on a request. `path` gives a field's path in the request.
 pub fn invalid(invalid: Invalid, path: impl Fn(&'static str) -> String) -> Status {
     match invalid {
         Invalid::Field { field, reason } => bad_field(&path(field), reason),
-        Invalid::Unsupported(reason) => {
-            let details = ErrorDetails::with_precondition_failure_violation("MODEL", "model", clip(reason.clone()));
-            status(Code::FailedPrecondition, reason, details)
-        }
+        Invalid::Unsupported(reason) => unable(reason),
     }
+}
+
+/// The model cannot do it, whatever the values.
+pub fn unable(reason: String) -> Status {
+    let details = ErrorDetails::with_precondition_failure_violation("MODEL", "model", clip(reason.clone()));
+    status(Code::FailedPrecondition, reason, details)
 }
 
 pub fn unknown_model(name: &str, known: &str) -> Status {

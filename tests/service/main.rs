@@ -4,6 +4,7 @@
 
 mod autoregressive;
 mod commits;
+mod compare;
 mod determinism;
 mod drain;
 mod engine_time;
