@@ -51,6 +51,13 @@ fn summary(problems: &[String]) -> String {
     if problems.len() > 5 { format!("{shown}; and {} more", problems.len() - 5) } else { shown }
 }
 
+/// What a model at `path` is called: its folder's or file's name.
+pub fn name_of(path: &Path) -> String {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let name = path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
+    name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
+}
+
 /// An opened model folder or GGUF file.
 pub struct Checkpoint {
     pub path: PathBuf,
@@ -97,9 +104,7 @@ impl Checkpoint {
 
     /// A short name for the model: its folder's, or its file's without the ending.
     pub fn name(&self) -> String {
-        let path = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
-        let name = path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy());
-        name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
+        name_of(&self.path)
     }
 
     /// Everything that keeps this model from being served, each naming what is wrong.

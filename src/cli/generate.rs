@@ -19,7 +19,7 @@ use crate::engine::request::{GenerateOptions, PROMPT_BYTES_MAX, Prompt, Template
 use crate::engine::{Engine, Event, Limits, Usage};
 
 /// Frames are drawn no more often than a screen shows them, so that a fast model does not wait for the terminal.
-const FRAME: Duration = Duration::from_millis(16);
+pub(super) const FRAME: Duration = Duration::from_millis(16);
 
 /// How an end-of-text is drawn: it is a token like any other until the text has ended there.
 pub(super) const END: &str = "·";
@@ -163,7 +163,7 @@ impl Options {
 }
 
 /// The prompt as given, or from stdin, no more of it than a request may have.
-fn read_prompt(given: Option<&str>) -> Result<String> {
+pub(super) fn read_prompt(given: Option<&str>) -> Result<String> {
     match given {
         Some("-") => {
             let mut prompt = String::new();
@@ -242,7 +242,7 @@ impl<'a> Show<'a> {
 }
 
 /// Asked anew for each frame: a window may change its size. One line is left for the cursor.
-fn page() -> Page {
+pub(super) fn page() -> Page {
     let (rows, columns) = console::Term::stdout().size_checked().unwrap_or((40, 80));
     let color = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     Page { width: columns.into(), height: usize::from(rows).saturating_sub(1).max(1), color }

@@ -4,6 +4,7 @@
 //! `main`. This is a front end like the gRPC service: it validates through [`crate::engine::request`] and knows no decoding.
 
 mod bench;
+mod compare;
 mod display;
 mod eval;
 mod generate;
@@ -37,10 +38,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve a model over gRPC
+    /// Serve models over gRPC
     Serve(serve::Options),
     /// Fill a canvas and print its text
     Generate(Box<generate::Options>),
+    /// Generate from one prompt in several ways, side by side
+    Compare(Box<compare::Options>),
     /// Say what a model folder holds and what is wrong with it
     Inspect(inspect::Options),
     /// Turn a GGUF file into a model folder
@@ -68,6 +71,7 @@ pub fn run() -> Result<()> {
     match command {
         Command::Serve(options) => serve::run(options),
         Command::Generate(options) => generate::run(*options),
+        Command::Compare(options) => compare::run(*options),
         Command::Inspect(options) => inspect::run(options),
         Command::Import(options) => import::run(options),
         Command::Train(options) => train::run(options),
@@ -97,7 +101,7 @@ pub fn message(error: &anyhow::Error) -> String {
 
 /// Whether the request itself is at fault, as a wrong flag would be.
 pub fn is_usage(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Invalid>().is_some()
+    error.downcast_ref::<Invalid>().is_some() || error.downcast_ref::<compare::Unusable>().is_some()
 }
 
 /// Whether the reader of our output has gone.

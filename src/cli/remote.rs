@@ -28,6 +28,11 @@ pub type Texts = Rc<RefCell<HashMap<u32, String>>>;
 pub struct Remote {
     runtime: Runtime,
     stream: tonic::Streaming<proto::GenerateEvent>,
+    wire: Wire,
+}
+
+/// What reads one generation's messages as the engine's events.
+pub struct Wire {
     /// Tokens that end a text.
     ends: Vec<u32>,
     seed: Rc<Cell<u64>>,
@@ -45,17 +50,29 @@ impl Remote {
             let response = GenerationClient::new(channel).generate(request(options)).await.map_err(failed)?;
             anyhow::Ok((response.into_inner(), ends))
         })?;
-        Ok(Self { runtime, stream, ends, seed: Rc::default(), texts: Rc::default() })
+        Ok(Self { runtime, stream, wire: Wire::new(ends) })
+    }
+
+    /// The text of every token that an event has named.
+    pub fn texts(&self) -> Texts {
+        self.wire.texts()
+    }
+
+    /// The seed in force; right once the first event has come.
+    pub fn seed(&self) -> Rc<Cell<u64>> {
+        self.wire.seed.clone()
+    }
+}
+
+impl Wire {
+    /// `ends` are the tokens that end a text.
+    pub fn new(ends: Vec<u32>) -> Self {
+        Self { ends, seed: Rc::default(), texts: Rc::default() }
     }
 
     /// The text of every token that an event has named.
     pub fn texts(&self) -> Texts {
         self.texts.clone()
-    }
-
-    /// The seed in force; right once the first event has come.
-    pub fn seed(&self) -> Rc<Cell<u64>> {
-        self.seed.clone()
     }
 
     fn note(&self, id: u32, text: String) -> u32 {
@@ -64,7 +81,7 @@ impl Remote {
         id
     }
 
-    fn event(&self, event: proto::GenerateEvent) -> Result<Event> {
+    pub fn event(&self, event: proto::GenerateEvent) -> Result<Event> {
         Ok(match event.event.context("the server sent an event of a kind that this client does not know")? {
             generate_event::Event::Started(started) => {
                 self.seed.set(started.sampling.and_then(|sampling| sampling.seed).unwrap_or_default());
@@ -81,11 +98,7 @@ impl Remote {
                 Event::Committed { token_ids: committed.token_ids, text: committed.text, logprobs }
             }
             generate_event::Event::Finished(finished) => {
-                let reason = match finished.reason() {
-                    proto::FinishReason::Stop => FinishReason::Stop,
-                    proto::FinishReason::Length => FinishReason::Length,
-                    proto::FinishReason::Unspecified => bail!("the server did not say why it finished"),
-                };
+                let reason = reason(finished.reason()).context("the server did not say why it finished")?;
                 Event::Finished { reason, usage: usage(finished.usage.unwrap_or_default()) }
             }
         })
@@ -115,7 +128,7 @@ impl Iterator for Remote {
 
     fn next(&mut self) -> Option<Result<Event>> {
         match self.runtime.block_on(self.stream.message()) {
-            Ok(Some(event)) => Some(self.event(event)),
+            Ok(Some(event)) => Some(self.wire.event(event)),
             Ok(None) => None,
             Err(status) => Some(Err(failed(status))),
         }
@@ -135,7 +148,16 @@ pub fn failed(status: tonic::Status) -> anyhow::Error {
     anyhow!("the server refused or failed: {} ({:?})", status.message(), status.code())
 }
 
-fn usage(usage: proto::Usage) -> Usage {
+/// Why a text ended, if the message says so.
+pub fn reason(told: proto::FinishReason) -> Option<FinishReason> {
+    match told {
+        proto::FinishReason::Stop => Some(FinishReason::Stop),
+        proto::FinishReason::Length => Some(FinishReason::Length),
+        proto::FinishReason::Unspecified => None,
+    }
+}
+
+pub fn usage(usage: proto::Usage) -> Usage {
     let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
     let forwards = usage.forwards.unwrap_or_default();
     let forwards = Forwards {

@@ -85,7 +85,7 @@ pub fn reason_name(reason: FinishReason) -> &'static str {
     }
 }
 
-fn seconds(seconds: f64) -> String {
+pub fn seconds(seconds: f64) -> String {
     if seconds < 1.0 { format!("{:.0} ms", seconds * 1e3) } else { format!("{seconds:.2} s") }
 }
 

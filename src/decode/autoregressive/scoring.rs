@@ -108,7 +108,7 @@ mod tests {
         for chunk in 1..9 {
             let parameters = Parameters { text: text.to_vec(), chunk, sampling: Sampling::default() };
             let mut scoring = Scoring::new(parameters, &prompt);
-            let (mut run, mut asked) = (vec![], vec![]);
+            let (mut run, mut asked): (Vec<u32>, Vec<(u32, u32)>) = (vec![], vec![]);
             while scoring.finished().is_none() {
                 let window = scoring.window();
                 let (Wanted::Following(rows), Noise::Given(given)) = (&window.wanted, &window.noise) else { panic!() };
