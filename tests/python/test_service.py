@@ -121,6 +121,27 @@ class ServiceTest(unittest.TestCase):
             if not cell.masked:
                 self.assertEqual(canvas[position], cell.token_id)
 
+    def test_lanes_are_compared(self):
+        lanes = [
+            generation.Lane(name="four", diffusion=generation.Diffusion(steps=4)),
+            generation.Lane(sampling=generation.Sampling(temperature=0.5, seed=1)),
+        ]
+        message = generation.CompareRequest(text=PROMPT, lanes=lanes, reference="x", step_events=False)
+        events = list(self.generation.Compare(message, timeout=PATIENCE_SECONDS))
+        self.assertEqual([event.lane for event in events], sorted(event.lane for event in events))
+        summaries = [event.summary for event in events if event.HasField("summary")]
+        name = self.models.List(models.ListModelsRequest()).models[0].name
+        self.assertEqual([summary.name for summary in summaries], ["four", name])
+        alone = committed(self.generate(request(diffusion=generation.Diffusion(steps=4))))
+        self.assertEqual(summaries[0].text, "".join(commit.text for commit in alone))
+        for summary in summaries:
+            self.assertFalse(summary.HasField("error") or summary.HasField("likelihood"))
+            self.assertGreater(summary.reference_match.edit_distance, 0)
+        lanes[1].diffusion.steps = 2**63
+        with self.assertRaises(grpc.RpcError) as caught:
+            list(self.generation.Compare(generation.CompareRequest(text=PROMPT, lanes=lanes), timeout=PATIENCE_SECONDS))
+        self.assertTrue(caught.exception.details().startswith("lanes[1].diffusion.steps:"), caught.exception.details())
+
     def test_bad_input_is_refused_by_name(self):
         invalid, missing = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
         cases = [

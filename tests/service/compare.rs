@@ -18,7 +18,7 @@ use lacuna::service::proto::generate_request::Method as GenerateMethod;
 use lacuna::service::proto::lane::Method;
 use lacuna::service::proto::{
     Autoregressive, Chat, CompareEvent, CompareRequest, Diffusion, Drafter, GenerateRequest, Lane, LaneOrder, LaneSummary,
-    Sampling, Stopping, TokenIds,
+    Message, Sampling, Stopping, TokenIds,
 };
 use lacuna::service::{ServeOptions, Served};
 use lacuna::tensor::Placement;
@@ -224,7 +224,10 @@ async fn the_judge_is_the_model_that_would_have_written_it() {
     assert!(judged("nano-ar", text()).await.expect("it judges").likelihood.is_some());
     assert_refused(&judged("nano", text()).await.expect_err("it is bidirectional"), Code::FailedPrecondition, None);
     assert_refused(&judged("gpt", text()).await.expect_err("it is not there"), Code::NotFound, None);
-    // The models have the same tokenizer; only the first has a chat template.
+    let message = Message { role: "user".into(), content: TASK.into() };
+    let chat = judged("nano-ar", Prompt::Chat(Chat { messages: vec![message] })).await.expect("it judges");
+    assert_eq!((&chat.judge_error, chat.likelihood.is_some()), (&None, true));
+    // The models have the same tokenizer, and a chat template each.
     let ids = tokenizer.encode(TASK, false).expect("tokens");
     let by_ids = judged("nano-ar", Prompt::TokenIds(TokenIds { token_ids: ids })).await.expect("it judges");
     assert_eq!(by_ids.likelihood, judged("nano-ar", text()).await.expect("it judges").likelihood);

@@ -69,6 +69,9 @@ pub struct Options {
     /// Run all lanes at once: good to watch, not to measure
     #[arg(long)]
     racing: bool,
+    /// Comparisons of the first prompt that are made before and not told: the first lane of all is slower than it need be
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    warm_up: u32,
     /// Send the prompt as a user's message through the models' chat templates
     #[arg(long)]
     chat: bool,
@@ -132,6 +135,9 @@ impl Options {
             [] => lanes::defaults(&models),
             specs => specs.iter().map(|spec| spec.0.clone()).collect(),
         };
+        for _ in 0..self.warm_up {
+            runtime.block_on(follow(source, self.request(&tasks[0], &lanes, false), None))?;
+        }
         let show = self.show || (tasks.len() == 1 && !self.json && std::io::stdout().is_terminal());
         let bar = if tasks.len() > 1 { load::steps("comparing", tasks.len()) } else { indicatif::ProgressBar::hidden() };
         let mut all = vec![];

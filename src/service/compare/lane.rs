@@ -59,7 +59,7 @@ impl Stage {
                 let deadline = run.judge.deadline();
                 match model.engine.submit(request) {
                     Ok(events) => run.follow(Reader::new(events, translator, Instant::now(), deadline)).await,
-                    Err(refused) => run.failed(status::refused(&refused)),
+                    Err(refused) => (*run).failed(status::refused(&refused)),
                 }
             }
             Self::Running(run, reader) => run.follow(reader).await,
@@ -87,7 +87,7 @@ impl Run {
                 };
                 Some((Ok(told), stage))
             }
-            Err(failed) => self.failed(failed),
+            Err(failed) => (*self).failed(failed),
         }
     }
 
@@ -108,7 +108,7 @@ impl Run {
     }
 
     /// The lane did not get to its end.
-    fn failed(mut self: Box<Self>, failed: Status) -> Option<(Result<CompareEvent, Status>, Stage)> {
+    fn failed(mut self, failed: Status) -> Option<(Result<CompareEvent, Status>, Stage)> {
         if failed.code() == Code::DeadlineExceeded {
             return Some((Err(failed), Stage::Over));
         }
