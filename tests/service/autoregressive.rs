@@ -99,7 +99,8 @@ async fn drafts_are_told_and_change_nothing() {
         let forwards = usage.forwards.expect("forwards");
         assert_eq!((forwards.denoise, forwards.prefill), (0, 1));
         assert_eq!(usage.steps, 1 + forwards.decode + forwards.verify);
-        assert_eq!(usage.steps, done.steps.len() as u64);
+        // A client that is slow for a moment gets several steps as one.
+        assert!(done.steps.len() as u64 <= usage.steps);
         let all = (forwards.prefill + forwards.decode + forwards.verify) as f64;
         assert!((usage.tokens_per_forward - usage.generated_tokens as f64 / all).abs() < 1e-9);
         let Some(seen) = usage.speculation else {

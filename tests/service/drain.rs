@@ -108,7 +108,14 @@ async fn health_waits_for_the_warm_up() {
         max_new_tokens: Some(200),
         method: None,
         autoregressive: Default::default(),
-        diffusion: lacuna::engine::request::DiffusionOptions { steps: Some(200), ..Default::default() },
+        // As long as `long` of the harness: seconds.
+        diffusion: lacuna::engine::request::DiffusionOptions {
+            steps: Some(200),
+            block_length: Some(200),
+            suppress_end: Some(true),
+            finish_early: Some(false),
+            ..Default::default()
+        },
         sampling: Default::default(),
         stops: vec![],
         steps: true,
@@ -116,6 +123,12 @@ async fn health_waits_for_the_warm_up() {
         priority: 0,
     };
     let events = engine.submit(validate(&info, options).expect("it is valid")).expect("there is room");
+    // Until it has the only place, the warm-up, whose priority is higher, would go first.
+    let begun = Instant::now();
+    while engine.load().residents == 0 {
+        assert!(begun.elapsed() < PATIENCE, "it gets no place");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     let server = serve_engine(info, engine, ServeOptions::default()).await;
     let mut health = HealthClient::new(server.channel().await);
     for service in ["", "lacuna.v1.Generation", "lacuna.v1.Models", "lacuna.v1.Tokenization"] {

@@ -34,7 +34,7 @@ const COLUMNS: [Column; 13] = [
     median("tok/fwd", 2, |lane| Some(usage(lane)?.tokens_per_forward)),
     median("accept", 2, |lane| usage(lane)?.speculation.as_ref().filter(|s| s.drafts > 0).map(|s| s.acceptance_length)),
     median("guess ms", 1, |lane| Some(1e3 * usage(lane)?.first_provisional_seconds?)),
-    median("first ms", 1, |lane| Some(1e3 * usage(lane)?.first_committed_seconds?)),
+    median("commit ms", 1, |lane| Some(1e3 * usage(lane)?.first_committed_seconds?)),
     median("all ms", 1, |lane| Some(1e3 * usage(lane)?.decoding_seconds)),
     median("tok/s", 0, |lane| Some(usage(lane)?.decoding_tokens_per_second)),
     median("end to end", 0, |lane| Some(usage(lane)?.end_to_end_tokens_per_second)),
