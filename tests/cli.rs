@@ -292,18 +292,34 @@ fn generate_by_a_server_gives_what_generate_here_gives_and_sigterm_ends_the_serv
 }
 
 #[test]
-fn eval_counts_what_passes() {
+fn eval_counts_what_passes_one_by_one_and_side_by_side() {
     let outcomes = tempfile::NamedTempFile::new().unwrap();
     let path = outcomes.path().to_str().unwrap();
-    let report = json(&well(&["eval", "nano", "--tasks", "4", "--json", "--outcomes", path]));
-    let lines: Vec<Value> = std::fs::read_to_string(path).unwrap().lines().map(json).collect();
-    let passed = lines.iter().filter(|line| line["passed"] == true).count();
-    assert_eq!((lines.len(), &report["tasks"], &report["passed"]), (4, &4.into(), &passed.into()));
-    assert_eq!(report["pass_at_1"].as_f64().unwrap(), passed as f64 / 4.0);
-    let sum = |field: &str| lines.iter().map(|line| line[field].as_u64().unwrap()).sum::<u64>();
-    assert_eq!(report["forwards"]["denoise"], sum("forwards"));
-    let rate = sum("generated_tokens") as f64 / sum("forwards") as f64;
-    assert!((report["tokens_per_forward"].as_f64().unwrap() - rate).abs() < 1e-9);
+    let mut alone: Vec<Value> = vec![];
+    for concurrency in ["1", "4"] {
+        let arguments = ["eval", "nano", "--tasks", "6", "--json", "--outcomes", path, "--concurrency", concurrency];
+        let report = json(&well(&arguments));
+        let lines: Vec<Value> = std::fs::read_to_string(path).unwrap().lines().map(json).collect();
+        let passed = lines.iter().filter(|line| line["passed"] == true).count();
+        assert_eq!((lines.len(), &report["tasks"], &report["passed"]), (6, &6.into(), &passed.into()));
+        assert_eq!(report["pass_at_1"].as_f64().unwrap(), passed as f64 / 6.0);
+        let tokens: u64 = lines.iter().map(|line| line["generated_tokens"].as_u64().unwrap()).sum();
+        let forwards: u64 = lines.iter().map(|line| line["forwards"]["denoise"].as_u64().unwrap()).sum();
+        assert_eq!((&report["generated_tokens"], &report["forwards"]["denoise"]), (&tokens.into(), &forwards.into()));
+        let number = |field: &str| report[field].as_f64().unwrap_or_else(|| panic!("no {field}: {report}"));
+        assert!((number("tokens_per_forward") - tokens as f64 / forwards as f64).abs() < 1e-9);
+        assert!((number("wall_tokens_per_second") * number("wall_seconds") - tokens as f64).abs() < 1e-6);
+        assert_eq!(report["concurrency"].to_string(), concurrency);
+        let facts = |line: &Value| ["task", "text", "passed", "forwards"].map(|field| line[field].clone());
+        if alone.is_empty() {
+            assert_eq!(number("concurrency_peak"), 1.0);
+            assert!(number("decoding_seconds") <= number("wall_seconds"), "{report}");
+            alone = lines;
+        } else {
+            assert!(number("concurrency_peak") > 1.0 && number("decoding_seconds") > number("wall_seconds"), "{report}");
+            assert!(lines.iter().map(facts).eq(alone.iter().map(facts)), "{lines:#?} {alone:#?}");
+        }
+    }
 }
 
 #[test]

@@ -11,7 +11,8 @@ use serde_json::json;
 
 use super::load::ModelOptions;
 use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, methods};
-use crate::eval::suite;
+use crate::eval::suite::{self, Progress};
+use crate::eval::task;
 
 #[derive(Args, Debug)]
 pub struct Options {
@@ -35,6 +36,9 @@ pub struct Options {
     autoregressive: AutoregressiveFlags,
     #[command(flatten)]
     sampling: SamplingFlags,
+    /// Requests in flight, decoded together as far as there is room
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    concurrency: u16,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -53,38 +57,27 @@ pub fn run(options: Options) -> Result<()> {
     let Suite::Nano = options.suite;
     let (model, network, drafters) = options.model.load()?;
     let placement = network.placement();
-    let engine = suite::engine(&model, network, drafters)?;
+    let concurrency = usize::from(options.concurrency);
+    let engine = suite::engine(&model, network, drafters, concurrency)?;
     let (method, diffusion, autoregressive) = methods(&options.diffusion, &options.autoregressive);
-    let wanted = suite::Options {
-        tasks: options.tasks as usize,
-        seed: options.tasks_seed,
-        max_new_tokens: options.max_new_tokens,
-        method,
-        diffusion,
-        autoregressive,
-        sampling: options.sampling.options(),
-    };
+    let tasks = task::Suite::nano(options.tasks as usize, options.tasks_seed);
+    let sampling = options.sampling.options();
+    let wanted =
+        suite::Options { max_new_tokens: options.max_new_tokens, method, diffusion, autoregressive, sampling, concurrency };
     let mut file = match &options.outcomes {
         Some(path) => Some(BufWriter::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?)),
         None => None,
     };
     let bar = progress(options.tasks);
-    let mut failed_write = None;
-    let mut passed = 0;
-    let report = suite::run(&model, &engine, &wanted, &mut |outcome| {
-        passed += u32::from(outcome.passed);
-        bar.inc(1);
-        bar.set_message(format!("{passed} passed"));
-        if let Some(file) = &mut file
-            && let Err(error) = writeln!(file, "{}", json!(outcome))
-        {
-            failed_write.get_or_insert(error);
-        }
+    let report = suite::run(&model, &engine, &tasks, &wanted, &mut |event| match event {
+        Progress::Decoded(_) => bar.inc(1),
+        Progress::Judged(_) => bar.set_message("judging"),
     })?;
     bar.finish_and_clear();
     engine.rest();
-    if let Some(mut file) = file {
-        file.flush().or_else(|error| failed_write.map_or(Err(error), Err)).context("cannot write the outcomes")?;
+    if let Some(mut file) = file.take() {
+        let lines = report.outcomes.iter().try_for_each(|outcome| writeln!(file, "{}", json!(outcome)));
+        lines.and_then(|()| file.flush()).context("cannot write the outcomes")?;
     }
     ensure!(report.tasks > 0, "there is nothing to report");
     if options.json {
@@ -102,7 +95,7 @@ pub fn run(options: Options) -> Result<()> {
         eprintln!("warning: {gap}");
     }
     println!(
-        "{} of {} tasks passed ({:.1} %), {:.2} tokens per forward ({} tokens, {} forwards), {:.0} tokens/s",
+        "{} of {} tasks passed ({:.1} %), {:.2} tokens per forward ({} tokens, {} forwards), {:.0} tokens/s, {:.0} in all",
         report.passed,
         report.tasks,
         100.0 * report.pass_at_1,
@@ -110,6 +103,7 @@ pub fn run(options: Options) -> Result<()> {
         report.generated_tokens,
         report.forwards.model(),
         report.tokens_per_second,
+        report.wall_tokens_per_second,
     );
     Ok(())
 }

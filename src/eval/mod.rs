@@ -7,3 +7,4 @@ pub mod sandbox;
 pub mod speculate;
 pub mod step;
 pub mod suite;
+pub mod task;
