@@ -1,6 +1,7 @@
 //! Whether generated text is right, and how fast it came: tasks, the execution of generated code, and measurements.
 
 pub mod distance;
+pub mod likelihood;
 pub mod load;
 pub mod nano;
 pub mod sandbox;
