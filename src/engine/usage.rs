@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::runner::Outcome;
 use crate::decode::Purpose;
@@ -77,7 +77,7 @@ impl Drafted {
 }
 
 /// Sequences that a network saw, by purpose; guidance takes two a step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forwards {
     pub prefill: usize,
     pub denoise: usize,

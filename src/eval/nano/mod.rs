@@ -30,6 +30,7 @@ use atoms::Shape;
 use choice::Choice;
 use compose::{Pipeline, pick};
 use pieces::pieces;
+pub(super) use program::literal;
 
 /// One in so many compositions is held out of training.
 const HELD_OUT_ONE_IN: u64 = 8;
@@ -142,6 +143,6 @@ fn split_of(composition: &str) -> Split {
 }
 
 /// FNV-1a over 64 bits: stable across platforms and releases, as the standard library's hasher does not promise to be.
-fn hash(text: &str) -> u64 {
+pub(super) fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -56,7 +56,7 @@ impl Task {
 }
 
 /// A Python string literal in ASCII.
-fn literal(text: &str) -> String {
+pub(in crate::eval) fn literal(text: &str) -> String {
     let mut quoted = String::from("\"");
     for character in text.chars() {
         match character {

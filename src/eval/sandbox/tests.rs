@@ -1,8 +1,7 @@
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 
 use super::*;
-use crate::eval::nano::{Split, sample};
 
 fn quick() -> Limits {
     Limits { wall: Duration::from_secs(3), cpu_seconds: 2, ..Limits::default() }
@@ -102,6 +101,54 @@ fn private_files_and_our_processes_are_out_of_reach() {
     fails_with("import os\nos.setuid(0)", "PermissionError");
 }
 
+/// Whoever may read it: only the interpreter's own files and the program's folder are there for a program.
+#[test]
+fn nothing_is_read_or_written_outside_the_folder() {
+    use std::os::unix::fs::PermissionsExt;
+    if !fenced("Landlock") {
+        return;
+    }
+    let public = tempfile::tempdir().unwrap();
+    let file = public.path().join("file");
+    std::fs::write(&file, "for all to read").unwrap();
+    for (path, mode) in [(public.path(), 0o777), (file.as_path(), 0o666)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    for program in [
+        format!("open({file:?}).read()"),
+        format!("open({file:?}, 'a')"),
+        format!("import os\nos.listdir({:?})", public.path()),
+        format!("import os\nos.unlink({file:?})"),
+        format!("open({:?}, 'w')", public.path().join("new")),
+        format!("import os\nos.truncate({file:?}, 0)"),
+        format!("import os\nos.symlink({file:?}, 'here')\nopen('here').read()"),
+        "open('/etc/passwd').read()".into(),
+        "import os\nos.listdir('/')".into(),
+        "open('/proc/self/environ').read()".into(),
+        "import os\nos.execv('/bin/sh', ['sh', '-c', 'true'])".into(),
+    ] {
+        fails_with(&program, "PermissionError");
+    }
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "for all to read");
+}
+
+#[test]
+fn its_own_folder_is_the_program_s_and_vanishes() {
+    let program = "import os\nos.mkdir('a')\nopen('a/b', 'w').close()\nprint(os.listdir('a'), os.path.realpath('.'))";
+    let Outcome::Finished { stdout } = run(program, &Limits { file_bytes: 1 << 20, ..quick() }).unwrap() else {
+        panic!("it failed")
+    };
+    let folder = stdout.trim().strip_prefix("['b'] ").unwrap_or_else(|| panic!("{stdout}"));
+    assert!(folder.contains("lacuna-") && !std::path::Path::new(folder).exists(), "{folder}");
+}
+
+#[test]
+fn the_library_can_be_imported() {
+    let program = "import collections, decimal, hashlib, heapq, itertools, json, math, random, re, statistics, string, typing\n\
+                   import datetime\nprint(math.comb(5, 2), hashlib.md5(b'').hexdigest()[:4], random.random() < 1)";
+    assert_eq!(run(program, &quick()).unwrap(), finished("10 d41d True\n"));
+}
+
 #[test]
 fn sockets_reach_nobody() {
     if !fenced("network") {
@@ -111,62 +158,4 @@ fn sockets_reach_nobody() {
     let port = listener.local_addr().unwrap().port();
     // Debian's interpreter has its socket module under lib-dynload, which -S leaves on the path.
     fails_with(&format!("import _socket\n_socket.socket().connect(('127.0.0.1', {port}))"), "unreachable");
-}
-
-#[test]
-fn only_a_right_body_passes() {
-    let mut rng = ChaCha8Rng::seed_from_u64(3);
-    for _ in 0..20 {
-        let task = sample(&mut rng, Split::Train);
-        assert!(passes(&task, &task.solution, &quick()).unwrap(), "{task:#?}");
-        for wrong in
-            ["    import sys\n    sys.exit(0)\n", "    import os\n    os._exit(0)\n", "    return object()\n", "", "  )"]
-        {
-            assert!(!passes(&task, wrong, &quick()).unwrap(), "{wrong}");
-        }
-    }
-}
-
-/// Each row is a slip that a model makes; where it changes a solution, some argument should show it.
-#[test]
-fn arguments_catch_slips() {
-    let slips = [
-        (" > ", " >= "),
-        (" < ", " <= "),
-        (" >= ", " > "),
-        (" == ", " != "),
-        (" % ", " // "),
-        (" * ", " + "),
-        (" + ", " - "),
-        ("max(", "min("),
-        ("upper", "lower"),
-        ("not in", "in"),
-        ("sorted(", "list("),
-        (", reverse=True", ""),
-        ("set(", "list("),
-        ("[::-1]", ""),
-        ("total += ", "total = "),
-        ("startswith", "endswith"),
-        ("    return None", "    return 0"),
-    ];
-    let (mut made, mut missed) = (0, Vec::new());
-    let limits = Limits { wall: Duration::from_secs(1), ..Limits::default() };
-    let mut rng = ChaCha8Rng::seed_from_u64(7);
-    for _ in 0..80 {
-        let task = sample(&mut rng, Split::Train);
-        // Not for a running extreme, where `x >= best` is as right as `x > best`, nor for `while`, which would only run on.
-        if ["largest", "smallest", "/while"].iter().any(|part| task.composition.contains(part)) {
-            continue;
-        }
-        for (right, wrong) in slips {
-            let body = task.solution.replacen(right, wrong, 1);
-            if body != task.solution {
-                made += 1;
-                if passes(&task, &body, &limits).unwrap() {
-                    missed.push(format!("{right} -> {wrong}: {} {:?}", task.solution, task.arguments));
-                }
-            }
-        }
-    }
-    assert!(missed.len() * 10 < made, "{} of {made}: {missed:#?}", missed.len());
 }
