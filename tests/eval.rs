@@ -84,6 +84,10 @@ fn tasks_come_from_a_file() {
         "a body is no script"
     );
 
+    let long = json!({"prompt": SUM.repeat(40), "reference": "", "id": "long"});
+    let long = file(&folder, "long.jsonl", &[problems().remove(0), long]);
+    let told = ill(&["jsonl", "--data", &long]);
+    assert!(told.contains("task long: max_new_tokens: prompt and canvas have"), "{told}");
     assert!(ill(&["jsonl"]).contains("--data FILE"));
     assert!(ill(&["humaneval", "--data", &data]).contains("line 1: a task of HumanEval has a test and an entry_point"));
     let broken = file(&folder, "broken.jsonl", &[problems().remove(0), json!({"prompt": "x"})]);
@@ -160,9 +164,17 @@ fn a_run_that_was_cut_off_goes_on() {
     assert!(lines(&path)[1..].iter().map(facts).eq(before.iter().map(facts)));
     // All is known: nothing is decoded.
     assert_eq!(well(&asked)["taken_over"], 6);
-    for other in [&["--tasks-seed", "8"][..], &["--threshold", "0.5"], &["--seed", "1"], &["--model", "models/nano-ar"]] {
-        let told = ill(&[&asked[..], other].concat());
-        assert!(told.contains("was made with other settings"), "{other:?}: {told}");
+    let others = [
+        (&["--tasks-seed", "8"][..], "(fingerprint "),
+        (&["--threshold", "0.5"], "(diffusion []; here [\"threshold: Some(0.5)\"])"),
+        (&["--temperature", "1"], "(sampling []; here [\"temperature: Some(1.0)\"])"),
+        (&["--method", "diffusion"], "(method []; here [\"Some(Diffusion)\"])"),
+        (&["--seed", "1"], "(seed 0; here 1)"),
+        (&["--model", "models/nano-ar"], "(model \"models/nano\"; here \"models/nano-ar\")"),
+    ];
+    for (other, told) in others {
+        let error = ill(&[&asked[..], other].concat());
+        assert!(error.contains("was made with other settings") && error.contains(told), "{other:?}: {error}");
     }
 }
 

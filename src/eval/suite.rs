@@ -20,7 +20,7 @@ use crate::engine::request::{
     AutoregressiveOptions, DiffusionOptions, GenerateOptions, MethodKind, ModelInfo, Prompt, SamplingOptions, TemplatePiece,
     default_method, validate,
 };
-use crate::engine::{Engine, Event};
+use crate::engine::{Engine, Event, Request};
 
 pub use super::score::{Outcome, Report};
 
@@ -113,6 +113,8 @@ pub fn resume(
     let key = |job: &Job| (job.task.id.clone(), job.sample);
     let todo: Vec<&Job> = jobs.iter().filter(|job| !known.contains_key(&key(job))).collect();
 
+    // A task that does not fit the model is told of now, not after hours of decoding.
+    jobs.iter().try_for_each(|job| prepare(model, suite, job, options).map(drop))?;
     let peak = AtomicUsize::new(0);
     let started = Instant::now();
     let decode = |_: usize, job: &&Job| one(model, engine, suite, job, options, &peak);
@@ -217,7 +219,7 @@ fn side_by_side<T: Sync, R: Send>(
 }
 
 /// The task as the options ask for it, and the prompt's text.
-fn request(model: &ModelInfo, suite: &Suite, job: &Job, options: &Options) -> Result<(GenerateOptions, String)> {
+fn prepare(model: &ModelInfo, suite: &Suite, job: &Job, options: &Options) -> Result<(Request, String)> {
     let task = job.task;
     let (prompt, template) = match (options.form, &task.hole) {
         (Form::Chat, _) => {
@@ -253,16 +255,16 @@ fn request(model: &ModelInfo, suite: &Suite, job: &Job, options: &Options) -> Re
         deadline: None,
         priority: 0,
     };
-    Ok((asked, prompt))
-}
-
-fn one(model: &ModelInfo, engine: &Engine, suite: &Suite, job: &Job, options: &Options, peak: &AtomicUsize) -> Result<Outcome> {
-    let (asked, prompt) = request(model, suite, job, options)?;
-    let request = validate(model, asked).map_err(|error| anyhow!(error).context(format!("task {}", job.task.id)))?;
+    let request = validate(model, asked).map_err(|error| anyhow!(error).context(format!("task {}", task.id)))?;
     ensure!(
         options.samples == 1 || request.method.sampling().temperature > 0.0,
         "at temperature 0 all samples of a task are one text: give --temperature, or one sample"
     );
+    Ok((request, prompt))
+}
+
+fn one(model: &ModelInfo, engine: &Engine, suite: &Suite, job: &Job, options: &Options, peak: &AtomicUsize) -> Result<Outcome> {
+    let (request, prompt) = prepare(model, suite, job, options)?;
     let mut events = engine.submit(request)?;
     let (mut text, mut tokens) = (String::new(), vec![]);
     while let Some(event) = events.blocking_recv() {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::load::ModelOptions;
 use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, methods};
-use crate::engine::request::ModelInfo;
+use crate::engine::request::{ModelInfo, SamplingOptions};
 use crate::eval::problems::{self, Format};
 use crate::eval::record::{self, Record};
 use crate::eval::sandbox;
@@ -153,20 +153,32 @@ impl SuiteOptions {
 
     /// All that decides what the texts are.
     fn settings(&self, suite: &Suite, placement: Placement, decoding: &suite::Options) -> Value {
-        // Neither decides a text: how many run side by side, and what is counted at the end.
-        let how = suite::Options { concurrency: 0, ks: vec![], samples: 0, ..decoding.clone() };
         json!({
             "suite": suite.name,
             "tasks": suite.tasks.len(),
             "fingerprint": suite.fingerprint(),
             "model": self.model.model,
+            "drafters": self.model.drafters,
             "dtype": placement.dtype.name(),
             "device": placement.device_name(),
-            "seed": decoding.sampling.seed.unwrap_or(0),
+            "form": decoding.form,
+            "max_new_tokens": decoding.max_new_tokens,
             "samples": decoding.samples,
-            "decoding": format!("{how:?}"),
+            "seed": decoding.sampling.seed.unwrap_or(0),
+            "stops": decoding.stops,
+            "method": set(&decoding.method),
+            "diffusion": set(&decoding.diffusion),
+            "autoregressive": set(&decoding.autoregressive),
+            "sampling": set(&SamplingOptions { seed: None, ..decoding.sampling.clone() }),
         })
     }
+}
+
+/// The options that are set, as text.
+fn set(options: &impl std::fmt::Debug) -> Vec<String> {
+    let text = format!("{options:?}");
+    let fields = text.split_once(" { ").map_or(text.as_str(), |(_, fields)| fields.trim_end_matches(" }"));
+    fields.split(", ").filter(|field| !field.ends_with("None") && !field.ends_with("[]")).map(str::to_owned).collect()
 }
 
 fn evaluate(options: SuiteOptions) -> Result<()> {
