@@ -2,11 +2,12 @@
 //!
 //! A round is one step for every resident sequence, all of them in one forward, so that a finished one leaves at once and a waiting
 //! one joins at once. Requests come through a bounded queue, events leave through a bounded channel per request; a reader that does
-//! not keep up is told less often, and holds back no one. [`scheduler`] decides, [`worker`] does, [`runner`] computes. The engine
+//! not keep up is told less often, and holds back no one. [`scheduler`] decides, `worker` does, [`runner`] computes. The engine
 //! knows nothing of gRPC.
 
 pub mod memory;
 pub mod outbox;
+mod post;
 pub mod prefix;
 pub mod request;
 pub mod runner;

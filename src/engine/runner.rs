@@ -12,9 +12,9 @@ use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::{Pattern, RowStatistics, Wanted, Window};
 use crate::draft::{Context, Drafters};
 use crate::model::cache::KvCache;
-use crate::model::statistics::{Conditions, Proposal, statistics};
+use crate::model::statistics::{Conditions, Proposal, greedy, is_greedy, statistics};
 use crate::model::{Layout, ModelError, Segment, Transformer};
-use crate::tensor::{Kind, Tensor};
+use crate::tensor::{Kind, Tensor, kernels};
 
 /// Rows of one forward: enough to fill any device with work, few enough for their activations to be small beside the weights.
 const ROWS_MAX: usize = 2048;
@@ -85,6 +85,11 @@ pub struct Ask<'a> {
 }
 
 impl Ask<'_> {
+    fn conditions(&self) -> Conditions<'_> {
+        let Window { sampling, noise, histories, .. } = self.window;
+        Conditions { sampling, noise, histories, proposal: self.residence.proposal.as_ref() }
+    }
+
     /// Rows that it adds to a forward.
     fn rows(&self) -> usize {
         self.window.tokens.len() * self.sequences()
@@ -128,18 +133,22 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
             let began = Instant::now();
             let logits = if count > 0 { Some(model.logits(&states.f_narrow(0, from as i64, count as i64)?)?) } else { None };
             let head = began.elapsed();
+            let began = Instant::now();
+            let chosen = logits.as_ref().map(|logits| choose(&asks[group.clone()], logits)).transpose()?.flatten();
+            let choosing = began.elapsed();
             for index in group {
                 let (ask, (at, wanted)) = (&asks[index], places[index]);
                 let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
                 let timing = Timing {
                     forward: mine(forward, ask.rows(), first),
                     head: mine(head, wanted * ask.sequences(), count),
-                    statistics: Duration::ZERO,
+                    statistics: mine(choosing, wanted * ask.sequences(), count),
                 };
                 let hidden = states.f_narrow(0, at as i64, wanted as i64)?;
                 let own =
                     logits.as_ref().map(|logits| logits.f_narrow(0, (at - from) as i64, (wanted * ask.sequences()) as i64));
-                outcomes.push(judge(ask, own.transpose()?, hidden, timing, asks.len()));
+                let chosen = chosen.as_ref().map(|chosen| &chosen[at - from..at - from + wanted]);
+                outcomes.push(judge(ask, own.transpose()?, chosen, hidden, timing, asks.len()));
             }
         }
         Ok(outcomes)
@@ -162,12 +171,38 @@ fn rows_of(asks: &[Ask], places: &[(usize, usize)], group: Range<usize>) -> usiz
     group.map(|index| places[index].1 * asks[index].sequences()).sum()
 }
 
-/// Statistics of one window's logits: `[wanted, vocab]`, under guidance those without the prompt behind them.
-fn judge(ask: &Ask, logits: Option<Tensor>, hidden: Tensor, mut timing: Timing, beside: usize) -> Result<Outcome, ModelError> {
+/// The best token of each row and its probability, at once for all windows that ask for nothing else and forbid the same.
+fn choose(asks: &[Ask], logits: &Tensor) -> Result<Option<Vec<(u32, f64)>>, ModelError> {
+    let [first, others @ ..] = asks else { return Ok(None) };
+    let sampling = &first.window.sampling;
+    let alike = |ask: &Ask| {
+        let other = &ask.window.sampling;
+        let biases = other.forbidden == sampling.forbidden && other.logit_bias == sampling.logit_bias;
+        ask.window.guidance.is_none() && is_greedy(&ask.conditions()) && biases
+    };
+    match !others.is_empty() && asks.iter().all(alike) {
+        true => Ok(kernels::rows::best(logits, &sampling.forbidden, &sampling.logit_bias)?),
+        false => Ok(None),
+    }
+}
+
+/// Statistics of one window's logits: `[wanted, vocab]`, under guidance those without the prompt behind them; `chosen` are theirs
+/// if they are known already.
+fn judge(
+    ask: &Ask,
+    logits: Option<Tensor>,
+    chosen: Option<&[(u32, f64)]>,
+    hidden: Tensor,
+    mut timing: Timing,
+    beside: usize,
+) -> Result<Outcome, ModelError> {
     let (window, forwards) = (ask.window, ask.sequences());
     let Some(mut logits) = logits.filter(|logits| logits.size()[0] > 0) else {
         return Ok(Outcome { rows: vec![], hidden, timing, forwards, beside });
     };
+    if let Some(chosen) = chosen {
+        return Ok(Outcome { rows: greedy(chosen)?, hidden, timing, forwards, beside });
+    }
     let began = Instant::now();
     if let Some(guidance) = &window.guidance {
         let rows = logits.size()[0] / 2;
@@ -178,13 +213,7 @@ fn judge(ask: &Ask, logits: Option<Tensor>, hidden: Tensor, mut timing: Timing, 
     if let Wanted::Following(rows) = &window.wanted {
         logits = logits.f_narrow(0, 0, rows.len() as i64)?;
     }
-    let conditions = Conditions {
-        sampling: &window.sampling,
-        noise: &window.noise,
-        histories: &window.histories,
-        proposal: ask.residence.proposal.as_ref(),
-    };
-    let rows = statistics(&logits, &conditions)?;
+    let rows = statistics(&logits, &ask.conditions())?;
     timing.statistics = began.elapsed();
     Ok(Outcome { rows, hidden, timing, forwards, beside })
 }

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, error};
 
 use super::outbox::Outbox;
+use super::post::{Given, Post};
 use super::prefix::Prefixes;
 use super::runner::{self, Member, Residence, guarded};
 use super::scheduler::{self, Id};
@@ -31,6 +32,8 @@ struct Reader {
     name: String,
     reply: Reply,
     outbox: Outbox,
+    /// Handed out in this round, with the places in the channel that it takes.
+    given: Vec<Given>,
     steps: bool,
     deadline: Option<Instant>,
 }
@@ -46,13 +49,12 @@ impl Reader {
 
     /// Hands out what there is room for.
     fn give(&mut self) {
-        while self.reply.capacity() > 0
+        // Without a place there is no room, or no reader; the next round sees which.
+        while !self.outbox.is_empty()
+            && let Ok(place) = self.reply.clone().try_reserve_owned()
             && let Some(event) = self.outbox.pop()
         {
-            // Only this thread sends, so a failed send means that the reader has gone; the next round sees that.
-            if self.reply.try_send(event).is_err() {
-                return;
-            }
+            self.given.push(Given { place, event });
         }
     }
 
@@ -101,6 +103,7 @@ pub(super) struct Worker {
     /// Those whose sequences are over, while something is left to read.
     lingering: Vec<Reader>,
     prefixes: Prefixes,
+    post: Post,
 }
 
 impl Worker {
@@ -114,7 +117,7 @@ impl Worker {
     ) -> Self {
         let prefixes = Prefixes::new(prefix_tokens, model.config().block_length.unwrap_or(1));
         let (waiting, residents, lingering) = (HashMap::new(), vec![], vec![]);
-        Self { model, drafters, tokenizer, jobs, state, waiting, residents, lingering, prefixes }
+        Self { model, drafters, tokenizer, jobs, state, waiting, residents, lingering, prefixes, post: Post::start() }
     }
 
     /// Rounds until every handle is gone.
@@ -127,6 +130,7 @@ impl Worker {
             let deciding = started.elapsed();
             let stepped = self.round(residents, windows);
             self.account(started, deciding, stepped);
+            self.post.deliver();
             if stepped == 0 && self.state.book().scheduler.active() > 0 {
                 std::thread::sleep(IDLE);
             }
@@ -149,7 +153,7 @@ impl Worker {
 
     /// Whoever's client has left, or whose time is over, gives up what it has, wherever it is.
     fn let_go(&mut self) {
-        let state = &self.state;
+        let (state, post) = (&self.state, &mut self.post);
         self.waiting.retain(|id, job| match ended(state, &job.reply, job.request.deadline) {
             None => true,
             Some(failure) => {
@@ -162,6 +166,7 @@ impl Worker {
             // Under the lock, so that whoever has the last event finds the place in the queue free.
             let mut book = state.book();
             reader.give();
+            post.collect(&mut reader.given);
             let over = reader.outbox.is_empty() || reader.ended(state).is_some();
             if over {
                 book.scheduler.leave(reader.id);
@@ -202,7 +207,7 @@ impl Worker {
     fn take(&mut self, job: Job) {
         let Job { id, request, reply, submitted } = job;
         let Request { id: name, canvas, method, stops, steps, deadline, fresh, .. } = request;
-        let reader = Reader { id, name, reply, outbox: Outbox::default(), steps, deadline };
+        let reader = Reader { id, name, reply, outbox: Outbox::default(), given: vec![], steps, deadline };
         let book = self.state.book();
         let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
         drop(book);
@@ -242,6 +247,7 @@ impl Worker {
                 match resident.sequence.finish_reason() {
                     None => {
                         resident.reader.take(events);
+                        self.post.collect(&mut resident.reader.given);
                         self.residents.push(resident);
                     }
                     Some(_) => self.leave(resident, |reader| reader.take(events)),
@@ -294,6 +300,7 @@ impl Worker {
                     match resident.sequence.finish_reason() {
                         None => {
                             resident.reader.take(events);
+                            self.post.collect(&mut resident.reader.given);
                             self.residents.push(resident);
                         }
                         Some(_) => self.leave(resident, |reader| reader.take(events)),
@@ -343,11 +350,12 @@ impl Worker {
         self.part(reader, last);
     }
 
-    /// Tells a reader the `last` of it, and keeps it until it has everything. The lock is held meanwhile: whoever has read to the end
-    /// finds its place free.
+    /// Tells a reader the `last` of it, and keeps it until it has everything. Whoever has read to the end finds its place free: the lock
+    /// is held until it is.
     fn part(&mut self, mut reader: Reader, last: impl FnOnce(&mut Reader)) {
         let mut book = self.state.book();
         last(&mut reader);
+        self.post.collect(&mut reader.given);
         book.load.coalesced += reader.outbox.coalesced() as u64;
         if reader.outbox.is_empty() || reader.reply.is_closed() {
             book.scheduler.leave(reader.id);
@@ -378,5 +386,18 @@ impl StepError {
             Self::Model(ModelError::OutOfMemory(_)) => Failure::OutOfMemory,
             _ => Failure::Internal,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_memory_that_ran_out_is_told_apart() {
+        let failure = |error: ModelError| StepError::Model(error).failure();
+        assert!(matches!(failure(ModelError::OutOfMemory("1 TiB".into())), Failure::OutOfMemory));
+        assert!(matches!(failure(ModelError::NotFinite), Failure::Internal));
+        assert!(matches!(StepError::Panic.failure(), Failure::Internal));
     }
 }

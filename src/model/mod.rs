@@ -366,3 +366,19 @@ impl Source for RandomWeights {
         Ok(Tensor::f_randn(&spec.shape, (kind, options.1))?.f_mul_scalar(0.02)?.f_to_kind(options.0)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Device;
+
+    /// More than any machine has, asked of libtorch itself: its words may change from version to version.
+    #[test]
+    fn an_allocation_that_fails_is_told_from_other_errors() {
+        let options = (Kind::Float, Device::Cpu);
+        let failed = Tensor::f_empty([1 << 50], options).map(drop).expect_err("there are no such machines");
+        assert!(matches!(ModelError::from(failed), ModelError::OutOfMemory(_)));
+        let wrong = Tensor::ones([2, 3], options).f_matmul(&Tensor::ones([2, 3], options)).map(drop).expect_err("sizes");
+        assert!(matches!(ModelError::from(wrong), ModelError::Torch(line) if !line.contains('\n')));
+    }
+}

@@ -55,22 +55,32 @@ pub fn statistics(logits: &Tensor, conditions: &Conditions) -> Result<Vec<RowSta
     Ok(found)
 }
 
-/// The case that decoding is mostly made of, few rows and their best tokens with nothing else asked, by a kernel of its own.
-fn best(logits: &Tensor, conditions: &Conditions) -> Result<Option<Vec<RowStatistics>>, ModelError> {
+/// Whether nothing but the best token of each row and its probability is asked: what decoding is mostly made of.
+pub fn is_greedy(conditions: &Conditions) -> bool {
     let Sampling { temperature, top_k, top_p, min_p, unconfident, margin, entropy, penalties, alternatives, .. } =
         conditions.sampling;
     let filters = top_k.is_some() || top_p.is_some() || min_p.is_some() || penalties.any();
     let given = matches!(conditions.noise, Noise::Given(_));
-    if given || *temperature != 0.0 || filters || !unconfident.is_empty() || *margin || *entropy || *alternatives > 0 {
-        return Ok(None);
-    }
-    let found = kernels::rows::best(logits, &conditions.sampling.forbidden, &conditions.sampling.logit_bias)?;
-    let Some(found) = found else { return Ok(None) };
+    !(given || *temperature != 0.0 || filters || !unconfident.is_empty() || *margin || *entropy || *alternatives > 0)
+}
+
+/// Best tokens and their probabilities as the statistics of their rows.
+pub fn greedy(found: &[(u32, f64)]) -> Result<Vec<RowStatistics>, ModelError> {
     if found.iter().any(|(_, confidence)| !confidence.is_finite()) {
         return Err(ModelError::NotFinite);
     }
-    let row = |(token, confidence)| RowStatistics { token, confidence, ..RowStatistics::default() };
-    Ok(Some(found.into_iter().map(row).collect()))
+    let row =
+        |(token, confidence): &(u32, f64)| RowStatistics { token: *token, confidence: *confidence, ..RowStatistics::default() };
+    Ok(found.iter().map(row).collect())
+}
+
+/// By a kernel of its own, where there is one.
+fn best(logits: &Tensor, conditions: &Conditions) -> Result<Option<Vec<RowStatistics>>, ModelError> {
+    if !is_greedy(conditions) {
+        return Ok(None);
+    }
+    let found = kernels::rows::best(logits, &conditions.sampling.forbidden, &conditions.sampling.logit_bias)?;
+    found.map(|found| greedy(&found)).transpose()
 }
 
 /// `first` is the place of the chunk's first row among all rows.

@@ -121,3 +121,17 @@ fn clip(mut text: String) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_ran_out_is_told_with_an_id_and_when_to_come_again() {
+        let status = failure(&Failure::OutOfMemory, "request-7");
+        let details = status.get_error_details();
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(details.request_info().map(|info| info.request_id.as_str()), Some("request-7"));
+        assert!(details.retry_info().is_some());
+    }
+}

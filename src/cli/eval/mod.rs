@@ -158,7 +158,7 @@ impl SuiteOptions {
             "tasks": suite.tasks.len(),
             "fingerprint": suite.fingerprint(),
             "model": self.model.model,
-            "drafters": self.model.drafters,
+            "drafters": self.model.run.drafters,
             "dtype": placement.dtype.name(),
             "device": placement.device_name(),
             "form": decoding.form,
