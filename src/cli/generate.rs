@@ -11,8 +11,8 @@ use clap::Args;
 use super::display::{Page, Picture, Screen, frame};
 use super::load::ModelOptions;
 use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, Template, methods, piece, template};
+use super::outcome;
 use super::remote::Remote;
-use super::report;
 use crate::checkpoint::chat::Message;
 use crate::decode::FinishReason;
 use crate::engine::request::{GenerateOptions, PROMPT_BYTES_MAX, Prompt, TemplatePiece, validate};
@@ -80,9 +80,9 @@ pub fn run(options: Options) -> Result<()> {
     let Outcome { text, token_ids, reason, usage } = outcome;
     let mut stdout = std::io::stdout().lock();
     if options.json {
-        writeln!(stdout, "{}", report::outcome(&text, &token_ids, reason, &usage, seed))?;
+        writeln!(stdout, "{}", outcome::outcome(&text, &token_ids, reason, &usage, seed))?;
     } else if show {
-        eprintln!("{}", report::usage_line(reason, &usage));
+        eprintln!("{}", outcome::usage_line(reason, &usage));
     } else {
         stdout.write_all(text.as_bytes())?;
     }

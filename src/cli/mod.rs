@@ -12,8 +12,8 @@ mod import;
 mod inspect;
 mod load;
 mod method;
+mod outcome;
 mod remote;
-mod report;
 mod serve;
 mod train;
 
