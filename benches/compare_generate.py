@@ -51,7 +51,7 @@ def main():
         "lacuna": [round(rate, 2) for rate in ours], "transformers_generate": rates,
         "lacuna_median": round(statistics.median(ours), 2), "transformers_median": round(statistics.median(rates), 2),
         "ratio_median": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
+        "ratio_max": round(max(ratios), 3), "device": "cpu", "command": " ".join(["python", *sys.argv]),
     }))
 
 

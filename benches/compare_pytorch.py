@@ -42,6 +42,7 @@ def main():
         "lacuna_step": [round(t, 3) for t in step], "pytorch_forward_and_head": forward,
         "lacuna_median": round(statistics.median(step), 3), "pytorch_median": round(statistics.median(forward), 3),
         "ratio_median": round(statistics.median(ratios), 4), "ratio_min": round(min(ratios), 4), "ratio_max": round(max(ratios), 4),
+        "device": "cpu", "model": "random weights of SmolLM2-135M's shape", "command": " ".join(["python", *sys.argv]),
     }))
 
 

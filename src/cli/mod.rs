@@ -14,7 +14,9 @@ mod load;
 mod method;
 mod outcome;
 mod remote;
+mod report;
 mod serve;
+mod sweep;
 mod train;
 
 use std::io::ErrorKind;
@@ -54,6 +56,10 @@ enum Command {
     Eval(Box<eval::Options>),
     /// Measure how fast a model is
     Bench(bench::Options),
+    /// Measure methods by settings by requests in flight, in turn, as a plan says
+    Sweep(sweep::Options),
+    /// Make a page of tables and plots of results
+    Report(report::Options),
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -77,6 +83,8 @@ pub fn run() -> Result<()> {
         Command::Train(options) => train::run(options),
         Command::Eval(options) => eval::run(*options),
         Command::Bench(options) => bench::run(options),
+        Command::Sweep(options) => sweep::run(&options),
+        Command::Report(options) => report::run(&options),
     }
 }
 

@@ -41,6 +41,11 @@ pub struct Outcome {
     pub forwards: Forwards,
     #[serde(default)]
     pub decoding_seconds: f64,
+    /// From the request to its first committed token and to its end, the wait for a place included.
+    #[serde(default)]
+    pub seconds_to_first: Option<f64>,
+    #[serde(default)]
+    pub seconds: f64,
     /// Of the text's tokens, see [`entropy`].
     #[serde(default)]
     pub entropy: f64,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, ensure};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::nano::{self, Split};
 use crate::decode::autoregressive::{Autoregressive, DrafterKind, Speculation};
@@ -63,7 +63,7 @@ pub struct Lane {
 }
 
 /// Cost of one forward of several tokens.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Cost {
     pub tokens: usize,
     pub milliseconds: f64,

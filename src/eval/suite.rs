@@ -289,6 +289,8 @@ fn one(model: &ModelInfo, engine: &Engine, suite: &Suite, job: &Job, options: &O
                     generated_tokens: usage.generated_tokens,
                     forwards: usage.forwards,
                     decoding_seconds: usage.decoding.as_secs_f64(),
+                    seconds_to_first: usage.time_to_first_commit.map(|time| (usage.queued + time).as_secs_f64()),
+                    seconds: (usage.queued + usage.decoding).as_secs_f64(),
                     entropy: score::entropy(&tokens),
                 });
             }

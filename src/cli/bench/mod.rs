@@ -16,6 +16,7 @@ use super::load::{self, ModelOptions};
 use super::method::{DraftFlags, SamplingFlags};
 use crate::checkpoint::config::ModelConfig;
 use crate::decode::autoregressive::DrafterKind;
+use crate::eval::machine::Machine;
 use crate::eval::speculate;
 use crate::eval::step::{self, Spread};
 use crate::model::{RandomWeights, Transformer};
@@ -155,6 +156,7 @@ fn speculate(options: Speculate) -> Result<()> {
         json["device"] = placement.device_name().into();
         json["threads"] = tch::get_num_threads().into();
         json["prompts_seed"] = options.prompts.prompts_seed.into();
+        json["machine"] = json!(Machine::here());
         json["command"] = command().into();
         println!("{json}");
         return Ok(());
@@ -201,6 +203,8 @@ fn step(options: Step) -> Result<()> {
         json["threads"] = tch::get_num_threads().into();
         json["seed"] = seed.into();
         json["unit"] = json!("milliseconds");
+        json["machine"] = json!(Machine::here());
+        json["command"] = command().into();
         println!("{json}");
         return Ok(());
     }
