@@ -14,11 +14,14 @@ TRAIN_BLOCK ?= --objective block --block-length 8 --tokenizer models/nano --from
 TEACHER ?= models/nano-ar
 DRAFTERS ?= $(TEACHER)/drafters-new
 TRAIN_HEADS ?= --layers 1 --learning-rate 3e-3 --dtype bf16 --seed 1 --threads 1
+# Results that are committed (their index.toml says what docs/BENCHMARKS.md says of them), and what `make sweep` adds to them.
+RESULTS ?= benches/results/cpu-2-threads
+PLAN ?= benches/plans/pair.toml
 # A task of the kind that the model has learnt.
 EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench train train-ar train-block train-drafters clean
+.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench sweep report train train-ar train-block train-drafters clean
 
 help: ## list what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -60,6 +63,13 @@ eval: build ## measure how often MODEL is right
 bench: build ## measure how fast MODEL is
 	$(LACUNA) bench step --model $(MODEL)
 	cargo bench --locked
+
+sweep: build ## run PLAN, methods by settings by requests in flight, into RESULTS
+	$(LACUNA) sweep $(PLAN) -o $(RESULTS)
+
+report: build ## make docs/BENCHMARKS.md and its plots of RESULTS
+	rm -f docs/plots/*.svg
+	$(LACUNA) report $(RESULTS) -o docs/BENCHMARKS.md
 
 train: build ## train the model that ships anew, into models/nano-new
 	$(LACUNA) train --out models/nano-new $(TRAIN)
