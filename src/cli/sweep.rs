@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser};
 use indicatif::ProgressBar;
 
-use super::load::{self, ModelOptions};
+use super::load::{self, ModelOptions, RunOptions};
 use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, methods};
 use crate::checkpoint::write_atomically;
 use crate::engine::Engine;
@@ -199,14 +199,14 @@ impl Sweep<'_> {
             before.stop();
         }
         let path = &self.plan.paths[self.plan.cells()[cell].path];
-        let options = ModelOptions {
-            model: path.model.clone(),
+        let run = RunOptions {
             drafters: None,
             device: self.plan.device.clone(),
             dtype: Some(self.plan.dtype(path).parse().map_err(anyhow::Error::msg)?),
             threads: self.plan.threads,
             context: 4096,
         };
+        let options = ModelOptions { model: path.model.clone(), run };
         let (model, network, drafters) = options.load().with_context(|| format!("path '{}'", path.name))?;
         let most = self.plan.in_flight.iter().copied().max().unwrap_or(1);
         let engine = suite::engine(&model, network, drafters, usize::from(most))?;

@@ -10,8 +10,8 @@ use console::{measure_text_width, truncate_str};
 
 use crate::cli::display::{self, Page, Picture, Screen};
 use crate::cli::generate::{FRAME, page};
+use crate::cli::outcome;
 use crate::cli::remote::Wire;
-use crate::cli::report;
 use crate::service::proto::{GenerateEvent, Lane, LaneSummary, Model, generate_event};
 
 /// Columns are no narrower than this: where they do not fit beside one another they stand in rows.
@@ -106,7 +106,7 @@ fn note(summary: &LaneSummary) -> String {
     match (&summary.error, &summary.usage) {
         (Some(error), _) => format!("failed: {}", error.message),
         (None, Some(usage)) => {
-            let time = report::seconds(usage.decoding_seconds);
+            let time = outcome::seconds(usage.decoding_seconds);
             format!(
                 "{} tokens, {} steps, {time}, {:.0}/s",
                 usage.generated_tokens, usage.steps, usage.decoding_tokens_per_second

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::Outcome;
 use super::prompts::Task;
-use crate::cli::{remote, report};
+use crate::cli::{outcome, remote};
 use crate::service::proto::{LaneError, LaneSummary, Model, Usage};
 
 /// A column of figures. Where no lane has one, it is left out.
@@ -138,7 +138,7 @@ fn lane(outcome: &Outcome) -> Value {
         "model": summary.model,
         "text": summary.text,
         "seed": outcome.seed,
-        "finish_reason": summary.usage.as_ref().and_then(|_| remote::reason(summary.reason())).map(report::reason_name),
+        "finish_reason": summary.usage.as_ref().and_then(|_| remote::reason(summary.reason())).map(outcome::reason_name),
         "usage": summary.usage.clone().map(usage_object),
         "likelihood": summary.likelihood.as_ref().map(|found| json!({
             "judge": found.model,
@@ -159,7 +159,7 @@ fn lane(outcome: &Outcome) -> Value {
 /// As `generate --json` has it. The time to prepare the request, which it does not know, is told and counted too.
 fn usage_object(usage: Usage) -> Value {
     let (preparing, rate) = (usage.preparing_seconds, usage.end_to_end_tokens_per_second);
-    let mut object = report::usage_object(&remote::usage(usage));
+    let mut object = outcome::usage_object(&remote::usage(usage));
     object["preparing_seconds"] = preparing.into();
     object["tokens_per_second_end_to_end"] = rate.into();
     object
