@@ -192,7 +192,9 @@ fn whoever_drafts_and_however_the_text_is_that_of_plain_decoding() {
             let seen = done.usage.speculation.unwrap();
             assert_eq!(seen.drafts, done.usage.forwards.verify);
             assert!(adapt.is_none() || seen.drafts > 0, "{} was never asked", kind.name());
-            assert_eq!(done.usage.forwards.draft > 0, seen.drafts > 0 && kind != DrafterKind::Lookup);
+            // A drafter that is not sure of anything has been asked all the same.
+            let asked = done.usage.forwards.draft > 0;
+            assert!(if kind == DrafterKind::Lookup { !asked } else { asked || seen.drafts == 0 }, "{}", kind.name());
         }
     }
 }

@@ -126,6 +126,8 @@ impl Worker {
             let started = Instant::now();
             self.let_go();
             self.admit();
+            // Whoever begins or has ended need not wait for the others' step.
+            self.post.deliver();
             let (residents, windows) = self.choose();
             let deciding = started.elapsed();
             let stepped = self.round(residents, windows);
