@@ -49,7 +49,9 @@ def relabel_gguf(source, target, mask):
         kind = field.types[0]
         inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         name = field.name.replace("llama.", "llada.", 1) if field.name.startswith("llama.") else field.name
-        writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+        # The example sends every prompt through the chat template: make it one that adds nothing.
+        value = "{{ messages[0]['content'] }}" if name == "tokenizer.chat_template" else field.contents()
+        writer.add_key_value(name, value, kind, sub_type=inner)
     writer.add_uint32("tokenizer.ggml.mask_token_id", mask)
     writer.add_bool("diffusion.shift_logits", False)
     for tensor in reader.tensors:
