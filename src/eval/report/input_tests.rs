@@ -46,7 +46,9 @@ fn drafts_and_peers_and_steps() {
     let source = committed("speculate-nano-ar-f32.json");
     let settings: Vec<_> = source.points.iter().map(|point| point.setting.as_str()).collect();
     assert_eq!((source.kind, settings), (Kind::Speculation, vec!["plain", "chain", "lookup", "medusa", "redrafter"]));
-    assert_eq!(source.points[4].acceptance.len(), 4);
+    assert!(
+        source.points[4].acceptance.iter().all(|share| (0.0..=1.0).contains(share)) && source.points[4].acceptance.len() > 1
+    );
     assert_eq!((source.points[4].same_text, source.points[0].costs.len()), (Some((24, 24)), 9));
 
     let source = committed("compare-pytorch-smollm2-shape.json");
