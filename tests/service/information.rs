@@ -10,6 +10,8 @@ use crate::harness::{assert_refused, server};
 #[tokio::test(flavor = "multi_thread")]
 async fn models_are_described() {
     let server = server().await;
+    // Until then the load that is told changes from call to call.
+    server.serving().await;
     let mut client = ModelsClient::new(server.channel().await);
     let list = client.list(ListModelsRequest {}).await.expect("a list").into_inner();
     let [model] = list.models.as_slice() else { panic!("one model is served") };
