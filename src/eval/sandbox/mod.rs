@@ -3,14 +3,14 @@
 //! throw-away user where we may choose one.
 //!
 //! The fences, in the order of what they stop:
-//! * Landlock ([`landlock`]): reading and writing outside the folder, and signals to our processes;
+//! * Landlock: reading and writing outside the folder, and signals to our processes;
 //! * a user of its own (when started as root): private files, our processes, and, with a limit of one process, any fork;
 //! * resource limits: endless loops, memory hogs, files on disc (none may grow beyond [`Limits::file_bytes`]);
 //! * a network namespace: sockets find no interface, not even loopback;
 //! * a wall clock and an output cap here, enforced by SIGKILL to the whole process group.
 //!
 //! What this is not: a jail for determined attackers. There is no system call filter, and names and sizes of files (not what they hold)
-//! can be asked for anywhere. [`capabilities`] tells which fences this machine lacks. [`fences`] raises them, [`process`] watches.
+//! can be asked for anywhere. [`capabilities`] tells which fences this machine lacks. `fences` raises them, `process` watches.
 
 mod fences;
 mod landlock;

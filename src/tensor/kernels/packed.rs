@@ -1,9 +1,9 @@
-//! Products with a weight that has been rearranged once, when its model was loaded: sixteen outputs side by side ([`PANEL`]), input
+//! Products with a weight that has been rearranged once, when its model was loaded: sixteen outputs side by side, input
 //! after input.
 //!
 //! So a vector of the weight meets one broadcast number of the input and sums of sixteen outputs grow side by side, with nothing to
-//! add up across lanes in the end, as [`super::product`] must with a weight as it lies. Each sum runs over the inputs in order, in
-//! blocks of [`BLOCK`]: a result depends on its own row and output alone, whatever is computed beside it.
+//! add up across lanes in the end, as `product` must with a weight as it lies. Each sum runs over the inputs in order, in
+//! blocks of `BLOCK`: a result depends on its own row and output alone, whatever is computed beside it.
 
 use std::ops::Range;
 
