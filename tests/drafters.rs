@@ -80,6 +80,38 @@ fn beams_and_scores_are_apples() {
     assert_eq!(compared, 45);
 }
 
+/// What is left of a draft where improbable candidates are left out, against the whole one and its prefixes' probabilities.
+#[test]
+fn what_the_head_thinks_improbable_is_left_out() {
+    if !lacuna::tensor::kernels::in_use() {
+        return; // The search on tensors leaves nothing out.
+    }
+    let (head, reference, model) = redrafter("trained");
+    let root = reference("init").int64_value(&[0]) as u32;
+    let context = reference("context").narrow(0, 0, 1);
+    let search = |width, length, least| head.search_sure(&model, &context, root, Shape { width, length }, least).unwrap();
+    let whole = search(1, 6, 0.0);
+    assert_eq!((&whole, whole.steps), (&head.search(&model, &context, root, Shape { width: 1, length: 6 }).unwrap(), 6));
+    let sure: Vec<f64> = (1..=6).map(|length| f64::from(search(1, length, 0.0).scores[0]).exp()).collect();
+    assert!(sure.is_sorted_by(|a, b| a > b), "{sure:?}");
+    for kept in 1..6 {
+        // Between the last prefix that stays and the first that does not.
+        let some = search(1, 6, (sure[kept - 1] * sure[kept]).sqrt());
+        assert_eq!((some.beams, some.steps), (vec![whole.beams[0][..kept].to_vec()], kept + 1), "{sure:?}");
+    }
+    let none = search(1, 6, sure[0] * 1.01);
+    assert_eq!((none.beams, none.steps), (vec![], 1));
+    // Side by side, a beam stays as far as it is sure, unless another one goes on from it.
+    for least in [0.3, 0.1, 0.03, 0.01] {
+        let some = search(4, 4, least);
+        assert!(some.scores.iter().all(|score| f64::from(*score) >= least.ln() - 1e-6), "{least}: {some:?}");
+        assert!(some.beams.len() <= 4 * 4 && some.beams.iter().all(|beam| !beam.is_empty()));
+    }
+    let (wide, all) = (search(4, 4, 0.01), search(4, 4, 1e-30));
+    assert!(wide.beams.iter().map(Vec::len).sum::<usize>() < all.beams.iter().map(Vec::len).sum(), "{wide:?} {all:?}");
+    assert_eq!(all, search(4, 4, 0.0));
+}
+
 #[test]
 fn trees_are_packed_as_apple_packs_them() {
     for case in cases("redrafter/packing.json") {

@@ -280,7 +280,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the thread that owns `model` and `drafters`.
+    /// Starts the thread that owns `model` and `drafters`. Called within a tokio runtime, events are handed out by a task of that runtime,
+    /// which must then go on running while they are read.
     pub fn start(model: Transformer, drafters: Drafters, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
         // This thread has probably loaded the model; from here on another one computes.
         crate::tensor::kernels::release_threads();

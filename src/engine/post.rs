@@ -62,3 +62,50 @@ impl Post {
         undelivered.into_iter().for_each(Given::deliver);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decode::FinishReason;
+    use crate::engine::Usage;
+
+    fn event(tokens: usize) -> Event {
+        let usage = Usage { generated_tokens: tokens, ..Usage::default() };
+        Event::Finished { reason: FinishReason::Stop, usage }
+    }
+
+    /// Two readers' events, given in one round: nothing comes before it is delivered, and then everything, in order.
+    fn deliver(mut post: Post) -> [Vec<Event>; 2] {
+        let (senders, mut readers): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel(4)).unzip();
+        let mut given: Vec<Given> = vec![];
+        for number in 0..4 {
+            let place = mpsc::Sender::clone(&senders[number % 2]).try_reserve_owned().unwrap();
+            given.push(Given { place, event: Ok(event(number)) });
+        }
+        post.collect(&mut given);
+        assert!(given.is_empty() && readers.iter_mut().all(|reader| reader.try_recv().is_err()));
+        post.deliver();
+        drop(senders);
+        let all = |reader: &mut mpsc::Receiver<_>| std::iter::from_fn(|| reader.blocking_recv()).map(Result::unwrap).collect();
+        [all(&mut readers[0]), all(&mut readers[1])]
+    }
+
+    #[test]
+    fn a_round_is_delivered_in_order_with_a_runtime_without_one_and_after_its_end() {
+        let right = [vec![event(0), event(2)], vec![event(1), event(3)]];
+        assert_eq!(deliver(Post { given: vec![], carrier: None }), right);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let start = || {
+            let _inside = runtime.enter();
+            Post::start()
+        };
+        let (during, after) = (start(), start());
+        assert!(during.carrier.is_some() && after.carrier.is_some());
+        assert_eq!(deliver(during), right);
+        runtime.shutdown_background();
+        while after.carrier.as_ref().is_some_and(|carrier| !carrier.is_closed()) {
+            std::thread::yield_now();
+        }
+        assert_eq!(deliver(after), right);
+    }
+}

@@ -201,7 +201,9 @@ fn judge(
         return Ok(Outcome { rows: vec![], hidden, timing, forwards, beside });
     };
     if let Some(chosen) = chosen {
-        return Ok(Outcome { rows: greedy(chosen)?, hidden, timing, forwards, beside });
+        // A window of fixed width had its filling run as well, which nobody asks about.
+        let asked = if let Wanted::Following(rows) = &window.wanted { &chosen[..rows.len()] } else { chosen };
+        return Ok(Outcome { rows: greedy(asked)?, hidden, timing, forwards, beside });
     }
     let began = Instant::now();
     if let Some(guidance) = &window.guidance {

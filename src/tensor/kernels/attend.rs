@@ -4,7 +4,7 @@
 //! ([`super::product`]), a softmax and a weighted sum belong to one query and run over its keys in order.
 
 use super::attention::Row;
-use super::lanes::{LANES, Lanes, Stored, dot, exp, fold, prefetch};
+use super::lanes::{LANES, Lanes, Stored, dot, exp, fold};
 use super::product::Product;
 
 /// Queries whose weighted sums are in registers together.
@@ -60,7 +60,6 @@ impl<T: Stored> Place<T> {
         let shared = rows.iter().map(|row| row.before).max().unwrap_or(0);
         let width = counts.fold(shared, usize::max).next_multiple_of(LANES);
         room.scores.resize(rows.len() * width, 0.0);
-        unsafe { prefetch(self.values, shared * self.dim) };
         // Rows that see fewer keys than others get scores that are never looked at.
         let product = Product {
             input: room.queries.as_ptr().cast(),

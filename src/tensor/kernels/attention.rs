@@ -11,7 +11,7 @@ use std::ops::Range;
 use tch::TchError;
 
 use super::attend::{Place, Room};
-use super::lanes::{Lanes, Stored, prefetch};
+use super::lanes::{Lanes, Stored};
 use super::pointwise::normalise;
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
@@ -233,17 +233,9 @@ impl Kernel for Step {
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         let mut room = Room::default();
         // Tiles further down a sequence see more keys: threads take turns.
-        let place = |task: usize| Some((&self.rows[self.tiles.get(task / self.heads)?.clone()], task % self.heads));
         for task in (thread..self.tiles.len() * self.heads).step_by(threads) {
-            let Some((rows, head)) = place(task) else { return };
+            let (rows, head) = (&self.rows[self.tiles[task / self.heads].clone()], task % self.heads);
             unsafe {
-                if let Some((rows, head)) = place(task + threads) {
-                    let (offset, count) = (self.keys_of(&rows[0], head), rows[0].before * self.dim);
-                    match self.half {
-                        true => prefetch(rows[0].keys.cast::<u16>().wrapping_add(offset), count),
-                        false => prefetch(rows[0].keys.cast::<f32>().wrapping_add(offset), count),
-                    }
-                }
                 if self.half {
                     self.attend::<V, u16>(rows, head, &mut room)
                 } else {
@@ -300,16 +292,11 @@ impl Step {
         }
     }
 
-    /// Where the keys of query head `head` begin, in elements.
-    fn keys_of(&self, row: &Row, head: usize) -> usize {
-        head / (self.heads / self.kv_heads) * row.head_stride
-    }
-
     /// Head `head` of the rows of one tile.
     #[inline(always)]
     unsafe fn attend<V: Lanes, T: Stored>(&self, rows: &[Row], head: usize, room: &mut Room) {
         let (dim, first) = (self.dim, &rows[0]);
-        let offset = self.keys_of(first, head);
+        let offset = head / (self.heads / self.kv_heads) * first.head_stride;
         let queries = room.queries(rows.len(), dim);
         unsafe {
             for (row, query) in rows.iter().zip(queries.chunks_exact_mut(dim)) {

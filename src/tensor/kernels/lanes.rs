@@ -264,21 +264,6 @@ pub unsafe fn dot<V: Lanes, T: Stored>(stored: *const T, with: *const f32, lengt
     }
 }
 
-/// Asks for the beginning of what will be read soon: caches of many sequences lie apart, and where one begins the CPU cannot foresee.
-/// Further on in a long one it can.
-#[inline(always)]
-pub unsafe fn prefetch<T>(from: *const T, count: usize) {
-    const LINE: usize = 64;
-    const MOST: usize = 16 * 1024;
-    #[cfg(target_arch = "x86_64")]
-    for at in (0..(count * size_of::<T>()).min(MOST)).step_by(LINE) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(at)) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, count, LINE, MOST);
-}
-
 /// Sum of the lanes, halves onto halves.
 #[inline(always)]
 pub fn fold(mut lanes: [f32; LANES]) -> f32 {

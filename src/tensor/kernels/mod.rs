@@ -27,6 +27,11 @@ use self::lanes::LANES;
 use self::lanes::Lanes;
 use super::{Kind, Tensor};
 
+/// Whether products, attention and searches go through these kernels at all.
+pub fn in_use() -> bool {
+    *FAST
+}
+
 /// Whether a tensor is of the plain kind: on the CPU, without gradients, contiguous, in f32 or bf16.
 fn plain(tensor: &Tensor) -> bool {
     *FAST
