@@ -9,7 +9,7 @@ address=${2:-127.0.0.1:50061}
 prompt=$'# Loop over xs and return the sorted list of the numbers in xs that are greater than 17, each multiplied by 3.\ndef solve(xs):\n'
 
 log=$(mktemp)
-target/release/lacuna serve --model "$model" --address "$address" 2>"$log" &
+target/release/lacuna serve --model "$model" --address "$address" --http none 2>"$log" &
 server=$!
 trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true; rm -f "$log"' EXIT
 

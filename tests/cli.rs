@@ -264,7 +264,7 @@ fn a_reader_that_leaves_is_no_error() {
 
 /// A server on a free port, and the address that its log tells.
 fn server() -> (std::process::Child, String) {
-    let mut child = command(&["serve", "--address", "127.0.0.1:0"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command(&["serve", "--address", "127.0.0.1:0", "--http", "none"]).stderr(Stdio::piped()).spawn().unwrap();
     let log = std::io::BufReader::new(child.stderr.take().unwrap());
     let mut lines = std::io::BufRead::lines(log);
     let address = lines.by_ref().map(Result::unwrap).find_map(|line| Some(line.split("address=").nth(1)?.trim().to_owned()));

@@ -132,7 +132,7 @@ fn what_is_wrong_with_a_lane_is_told_by_its_name() {
 
 #[test]
 fn a_server_with_both_models_compares_alike() {
-    let mut child = command(&[&["serve", "--address", "127.0.0.1:0"][..], &PAIR].concat())
+    let mut child = command(&[&["serve", "--address", "127.0.0.1:0", "--http", "none"][..], &PAIR].concat())
         .stderr(Stdio::piped())
         .spawn()
         .expect("it starts");
@@ -176,12 +176,14 @@ fn models_that_cannot_be_served_together_are_refused_before_serving() {
     for file in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano").join(file), folder.join(file)).unwrap();
     }
-    let serve = |model: &str| ill(&["serve", "--address", "127.0.0.1:0", "--model", "models/nano", "--model", model], 1);
+    let serve = |model: &str| {
+        ill(&["serve", "--address", "127.0.0.1:0", "--http", "none", "--model", "models/nano", "--model", model], 1)
+    };
     let clash = serve(folder.to_str().unwrap());
     assert!(clash.contains("would both be called nano") && !clash.contains("listening"), "{clash}");
     let gone = serve("models/nowhere");
     assert!(gone.contains("there is no model folder models/nowhere") && !gone.contains("loaded"), "{gone}");
     let flags = ["--drafters", "models/nano-ar/drafters"];
-    let many = ill(&[&["serve", "--address", "127.0.0.1:0"][..], &PAIR, &flags].concat(), 1);
+    let many = ill(&[&["serve", "--address", "127.0.0.1:0", "--http", "none"][..], &PAIR, &flags].concat(), 1);
     assert!(many.contains("--drafters goes with one --model"), "{many}");
 }

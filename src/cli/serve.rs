@@ -1,17 +1,20 @@
-//! `lacuna serve`: loads models and puts them on gRPC until a signal ends it.
+//! `lacuna serve`: loads models and puts them on gRPC and HTTP until a signal ends it.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use http::{HeaderValue, Uri};
 use tokio::net::TcpListener;
 use tracing::{info, warn};
 
 use super::load::{self, RunOptions};
 use crate::engine::{Engine, Limits};
-use crate::service::{ServeOptions, serve, shutdown_signal};
+use crate::http::listen::Acceptor;
+use crate::service::{Listeners, ServeOptions, serve, shutdown_signal};
 
 #[derive(Args, Debug)]
 pub struct Options {
@@ -23,6 +26,12 @@ pub struct Options {
     /// Where to listen; port 0 takes a free one and logs it
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
     pub address: SocketAddr,
+    /// Where to listen for HTTP (the page, health, gRPC-web); port 0 takes a free one and logs it, 'none' turns it off
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8080")]
+    pub http: HttpAddress,
+    /// Origin of pages that may call by HTTP beside the server's own, such as https://example.org, or '*'; give one flag for each
+    #[arg(long, value_name = "ORIGIN", value_parser = origin)]
+    pub http_allow_origin: Vec<HeaderValue>,
     /// Sequences decoded together; like the next four, for each model
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub max_resident: usize,
@@ -46,6 +55,35 @@ pub struct Options {
     pub drain_seconds: u64,
 }
 
+/// An address, or none.
+#[derive(Clone, Copy, Debug)]
+pub struct HttpAddress(Option<SocketAddr>);
+
+impl FromStr for HttpAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address = (text != "none").then(|| text.parse()).transpose();
+        address.map(Self).map_err(|_| "it is neither HOST:PORT, the host as an IP address, nor 'none'".into())
+    }
+}
+
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    let said = HeaderValue::from_str(text).ok();
+    let whole =
+        |uri: Uri| uri.scheme().is_some() && uri.path_and_query().is_none_or(|path| path == "/") && !text.ends_with('/');
+    said.filter(|_| text == "*" || text.parse().is_ok_and(whole))
+        .ok_or_else(|| "it is neither SCHEME://HOST, with a port if there is one and without a path, nor '*'".into())
+}
+
+/// A port that is taken is known before a model is loaded.
+async fn listen(address: SocketAddr, flag: &str) -> Result<TcpListener> {
+    if !address.ip().is_loopback() {
+        warn!(%address, "listening beyond this machine, without encryption or accounts");
+    }
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}: {flag} takes another address"))
+}
+
 fn tokens(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("it is not a whole number above 0".into()),
@@ -58,12 +96,11 @@ pub fn run(options: Options) -> Result<()> {
     ensure!(options.queue > 0 && options.queue <= 65_536, "--queue must be from 1 to 65536");
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
-        // Bound before the model is loaded: a port that is taken is known at once.
-        let listener =
-            TcpListener::bind(options.address).await.with_context(|| format!("cannot listen on {}", options.address))?;
-        if !options.address.ip().is_loopback() {
-            warn!(address = %options.address, "listening beyond this machine, without encryption or accounts");
-        }
+        let grpc = listen(options.address, "--address").await?;
+        let http = match options.http.0 {
+            Some(address) => Some(listen(address, "--http").await?),
+            None => None,
+        };
         let models = tokio::task::block_in_place(|| load::load_all(&options.model, &options.run))?;
         for (model, network, _) in &models {
             let placement = network.placement();
@@ -89,6 +126,7 @@ pub fn run(options: Options) -> Result<()> {
         let settings = ServeOptions {
             request_time_max: Duration::from_secs(options.request_seconds),
             drain_timeout: Duration::from_secs(options.drain_seconds),
+            http_origins: options.http_allow_origin,
             ..ServeOptions::default()
         };
         let signal = async {
@@ -97,7 +135,8 @@ pub fn run(options: Options) -> Result<()> {
                 std::future::pending::<()>().await;
             }
         };
-        serve(listener, served, settings, signal).await?;
+        let listeners = Listeners { grpc, http, acceptor: Acceptor::Plain };
+        serve(listeners, served, settings, signal).await?;
         info!("stopped");
         engines.into_iter().for_each(Engine::rest);
         anyhow::Ok(())

@@ -1,8 +1,8 @@
 //! What every call passes before and after its handler: a deadline, a net for panics, and statuses for messages that could not be
 //! read.
 //!
-//! tonic's own deadline answers CANCELLED, and ends with a stream's first bytes; its decoder blames the server (INTERNAL) for a
-//! client's malformed message. This layer stands inside tonic's and corrects both. It knows no service.
+//! tonic's services have no deadline, and its decoder blames the server (INTERNAL) for a client's malformed message. This layer stands
+//! around them and corrects both. It knows no service.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -21,7 +21,7 @@ use tower::{Layer, Service};
 
 use super::status;
 
-/// Our deadline is this much earlier than the client's, so that it fires before tonic's own timer, which would say CANCELLED.
+/// Our deadline is this much earlier than the client's, so that it fires before the timer of tonic's clients, which would say CANCELLED.
 const MARGIN: Duration = Duration::from_millis(2);
 
 /// A running call, found in the request's extensions. The call counts as running until the last clone is dropped.

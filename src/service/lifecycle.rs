@@ -1,5 +1,7 @@
 //! How serving begins and ends: warm-up, health, the signals to stop, and waiting for calls to finish.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::Receiver;
@@ -27,30 +29,40 @@ const SERVICES: [&str; 4] =
 
 /// The health service's statuses. All services turn together: they share the models.
 #[derive(Clone)]
-pub struct Health(HealthReporter);
+pub struct Health {
+    reporter: HealthReporter,
+    /// The same, for those who do not speak gRPC.
+    serving: Arc<AtomicBool>,
+}
 
 impl Health {
     /// Not serving, until told otherwise.
     pub async fn new() -> Self {
-        let health = Self(HealthReporter::new());
+        let health = Self { reporter: HealthReporter::new(), serving: Arc::default() };
         health.set_serving(false).await;
         health
     }
 
     pub fn server(&self) -> HealthServer<impl HealthApi> {
-        HealthServer::new(HealthService::from_health_reporter(self.0.clone()))
+        HealthServer::new(HealthService::from_health_reporter(self.reporter.clone()))
+    }
+
+    /// Whether the models are warm and requests are taken.
+    pub fn serving(&self) -> bool {
+        self.serving.load(Ordering::Acquire)
     }
 
     pub async fn set_serving(&self, serving: bool) {
+        self.serving.store(serving, Ordering::Release);
         let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in SERVICES {
-            self.0.set_service_status(service, status).await;
+            self.reporter.set_service_status(service, status).await;
         }
     }
 
     /// Ends every watcher's stream.
     pub async fn clear(&self) {
-        let mut reporter = self.0.clone();
+        let mut reporter = self.reporter.clone();
         for service in SERVICES {
             reporter.clear_service_status(service).await;
         }

@@ -1,0 +1,84 @@
+//! HTTP beside gRPC, on a port of its own: health, the page at `/`, and the same gRPC services for browsers (gRPC-web).
+//!
+//! [`listen`] accepts connections, for the gRPC port too. It knows nothing of tensors, and nothing of decoding but what the service
+//! tells.
+
+pub mod listen;
+mod page;
+
+use std::convert::Infallible;
+
+use axum::Json;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use http::{HeaderName, HeaderValue, StatusCode, header};
+use serde_json::json;
+use tonic_web::GrpcWebLayer;
+use tower::{Layer, Service, ServiceExt};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
+
+use crate::service::{Health, proto};
+
+/// What browsers may see of a gRPC-web answer beside its body.
+const EXPOSED: [HeaderName; 5] = [
+    HeaderName::from_static("grpc-status"),
+    HeaderName::from_static("grpc-message"),
+    HeaderName::from_static("grpc-status-details-bin"),
+    HeaderName::from_static("x-request-id"),
+    header::RETRY_AFTER,
+];
+
+/// Everything that the HTTP port serves. `grpc` are the services that the gRPC port serves; `origins` are the foreign ones whose
+/// pages may call.
+pub fn router<S>(grpc: S, health: Health, origins: &[HeaderValue]) -> Router
+where
+    S: Service<Request<tonic::body::Body>, Response = Response<tonic::body::Body>, Error = Infallible>,
+    S: Clone + Send + Sync + 'static,
+    S::Future: Send,
+{
+    // Whoever speaks gRPC is told in gRPC, whatever the path.
+    let grpc = Router::new().fallback_service(GrpcWebLayer::new().layer(grpc));
+    let router = Router::new()
+        .route("/health", get(self::health))
+        .with_state(health)
+        .route("/lacuna.v1.descriptors", get(descriptors))
+        .merge(page::router())
+        .layer(middleware::from_fn_with_state(grpc, by_content_type));
+    if origins.is_empty() { router } else { router.layer(cors(origins)) }
+}
+
+/// gRPC and gRPC-web to the gRPC services, everything else to its route.
+async fn by_content_type(State(grpc): State<Router>, request: Request, next: Next) -> Response {
+    let content_type = request.headers().get(header::CONTENT_TYPE);
+    if content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc")) {
+        let Ok(response) = grpc.oneshot(request).await;
+        return response;
+    }
+    next.run(request).await
+}
+
+fn cors(origins: &[HeaderValue]) -> CorsLayer {
+    let any = origins.iter().any(|origin| origin == "*");
+    let origins = if any { AllowOrigin::any() } else { AllowOrigin::list(origins.iter().cloned()) };
+    CorsLayer::new()
+        .allow_origin(origins)
+        .allow_methods([http::Method::GET, http::Method::POST])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(EXPOSED)
+}
+
+/// Whether the models are warm and the server takes requests.
+async fn health(State(health): State<Health>) -> Response {
+    let (status, word) =
+        if health.serving() { (StatusCode::OK, "serving") } else { (StatusCode::SERVICE_UNAVAILABLE, "not serving") };
+    (status, [(header::CACHE_CONTROL, "no-store")], Json(json!({"status": word}))).into_response()
+}
+
+/// The published API as a file descriptor set, for clients that read messages by it.
+async fn descriptors() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/octet-stream")], Body::from(proto::DESCRIPTORS))
+}
