@@ -61,6 +61,14 @@ impl Transformer {
     /// Final hidden states (after the last norm) of all segments' tokens in order, `[rows, hidden]`. Their keys are written to their
     /// caches; [`KvCache::keep`] then says which stay.
     pub fn forward(&self, segments: &[Segment]) -> Result<Tensor, ModelError> {
+        match self.shares(segments) {
+            Some(shares) => self.forward_apart(segments, &shares),
+            None => self.forward_together(segments),
+        }
+    }
+
+    /// Every operation once, for all segments.
+    pub(super) fn forward_together(&self, segments: &[Segment]) -> Result<Tensor, ModelError> {
         let own = self.rows_are_independent();
         let (mut tokens, mut positions, mut plans) = (vec![], vec![], Vec::with_capacity(segments.len()));
         for segment in segments {

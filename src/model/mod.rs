@@ -7,6 +7,7 @@
 //! checkpoint, random numbers, a trainer's parameters), and autograd flows through, so training and serving run the same code.
 //! The stack knows nothing of sampling, canvases or requests.
 
+mod apart;
 pub mod cache;
 pub mod family;
 pub mod forward;

@@ -20,7 +20,8 @@ mod product;
 pub mod rows;
 
 use std::ffi::{c_uint, c_void};
-use std::sync::LazyLock;
+use std::panic::AssertUnwindSafe;
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 #[cfg(not(target_arch = "x86_64"))]
 use self::lanes::LANES;
@@ -57,7 +58,8 @@ trait Kernel {
 unsafe fn launch<K: Kernel>(kernel: &K, parallel: bool) {
     let threads = if parallel { tch::get_num_threads().max(1) } else { 1 };
     match *OPENMP {
-        Some(openmp) if threads > 1 => unsafe {
+        // Within a part of some work that is split already, the other threads have their own.
+        Some(openmp) if threads > 1 && unsafe { (openmp.within)() } == 0 => unsafe {
             (openmp.parallel)(part::<K>, std::ptr::from_ref(kernel).cast_mut().cast(), threads as c_uint, 0);
         },
         _ => unsafe { dispatch(kernel, 0, 1) },
@@ -71,6 +73,50 @@ extern "C" fn part<K: Kernel>(kernel: *mut c_void) {
             dispatch(&*kernel.cast::<K>(), (openmp.thread)() as usize, (openmp.threads)() as usize);
         }
     }
+}
+
+/// Does `work` for `0..parts` at once, each part on a thread of libtorch's own; operations within it run on that thread alone. Gives the
+/// parts' results in order. A part that panics has the caller panic, once all have ended.
+///
+/// # Safety
+/// What the parts share must bear being used by several threads at once, whatever its type says: tensors do where nobody writes to them.
+pub unsafe fn side_by_side<T: Send, W: Fn(usize) -> T>(parts: usize, work: W) -> Vec<T> {
+    let team = Team { work, results: (0..parts).map(|_| Mutex::new(None)).collect() };
+    match *OPENMP {
+        Some(openmp) => unsafe {
+            (openmp.parallel)(member::<T, W>, std::ptr::from_ref(&team).cast_mut().cast(), parts as c_uint, 0);
+        },
+        None => (0..parts).for_each(|part| team.run(part)),
+    }
+    let result = |slot: Mutex<Option<std::thread::Result<T>>>| match slot.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(Ok(result)) => result,
+        Some(Err(panic)) => std::panic::resume_unwind(panic),
+        None => unreachable!("every part has been run"),
+    };
+    team.results.into_iter().map(result).collect()
+}
+
+/// Parts of some work, and what became of them.
+struct Team<T, W> {
+    work: W,
+    results: Vec<Mutex<Option<std::thread::Result<T>>>>,
+}
+
+impl<T, W: Fn(usize) -> T> Team<T, W> {
+    fn run(&self, part: usize) {
+        // A panic must not run through OpenMP's frames.
+        let result = std::panic::catch_unwind(AssertUnwindSafe(|| (self.work)(part)));
+        *self.results[part].lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+    }
+}
+
+extern "C" fn member<T, W: Fn(usize) -> T>(team: *mut c_void) {
+    // SAFETY: `side_by_side` passes a team of this type, and waits for all threads.
+    let team = unsafe { &*team.cast::<Team<T, W>>() };
+    let Some(openmp) = *OPENMP else { return };
+    // OpenMP may give fewer threads than asked for.
+    let (thread, threads) = unsafe { ((openmp.thread)() as usize, (openmp.threads)() as usize) };
+    (thread..team.results.len()).step_by(threads.max(1)).for_each(|part| team.run(part));
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -103,6 +149,7 @@ struct OpenMp {
     parallel: Parallel,
     thread: Number,
     threads: Number,
+    within: Number,
 }
 
 type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
@@ -136,6 +183,7 @@ static OPENMP: LazyLock<Option<OpenMp>> = LazyLock::new(|| {
             parallel: std::mem::transmute::<*mut c_void, Parallel>(find(c"GOMP_parallel")?),
             thread: std::mem::transmute::<*mut c_void, Number>(find(c"omp_get_thread_num")?),
             threads: std::mem::transmute::<*mut c_void, Number>(find(c"omp_get_num_threads")?),
+            within: std::mem::transmute::<*mut c_void, Number>(find(c"omp_in_parallel")?),
         })
     }
 });

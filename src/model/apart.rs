@@ -1,0 +1,91 @@
+//! One forward as several side by side: each core takes whole sequences.
+//!
+//! Where every operation is split over the cores, they wait for one another some forty times in a forward, and whenever the system needs
+//! one of them for something else, the others stand still. Sequences do not depend on one another, and on the CPU neither do their
+//! rows' numbers ([`Transformer::rows_are_independent`]): cores that go separate ways give the same and meet once. Each then reads
+//! all weights, though, which takes enough rows to be worth it.
+
+use super::forward::Segment;
+use super::{ModelError, Transformer};
+use crate::tensor::{Kind, Tensor, kernels};
+
+/// Rows for each core from which on arithmetic takes longer than reading the weights.
+const ROWS_FROM: usize = 24;
+/// How much longer than its even part the longest share may be.
+const UNEVEN: f64 = 1.3;
+
+impl Transformer {
+    /// Which segments each core is to take; `None` where they are too few, too small or too uneven to go separate ways.
+    pub(super) fn shares(&self, segments: &[Segment]) -> Option<Vec<Vec<usize>>> {
+        let threads = tch::get_num_threads().max(1) as usize;
+        if threads == 1 || segments.len() < threads || !self.rows_are_independent() {
+            return None;
+        }
+        let rows: Vec<usize> = segments.iter().map(|segment| segment.tokens.len()).collect();
+        split(&rows, threads)
+    }
+
+    /// [`Transformer::forward`], every share of the segments by itself.
+    pub(super) fn forward_apart(&self, segments: &[Segment], shares: &[Vec<usize>]) -> Result<Tensor, ModelError> {
+        let run = |share: usize| {
+            let segments: Vec<Segment> = shares[share].iter().map(|segment| segments[*segment]).collect();
+            tch::no_grad(|| self.forward_together(&segments))
+        };
+        // SAFETY: forwards read the model's tensors and write to their own segments' caches, of which each is in one share.
+        let hidden: Vec<Tensor> = unsafe { kernels::side_by_side(shares.len(), run) }.into_iter().collect::<Result<_, _>>()?;
+        let hidden = Tensor::f_cat(&hidden, 0)?;
+        if shares.iter().flatten().is_sorted() {
+            return Ok(hidden);
+        }
+        let mut at = 0;
+        let mut rows: Vec<Vec<i64>> = vec![vec![]; segments.len()];
+        for segment in shares.iter().flatten() {
+            let length = segments[*segment].tokens.len() as i64;
+            rows[*segment] = (at..at + length).collect();
+            at += length;
+        }
+        Ok(hidden.f_index_select(0, &Tensor::f_from_slice(&rows.concat())?.f_to_kind(Kind::Int64)?)?)
+    }
+}
+
+/// Spreads segments of so many rows over so many cores, the longest first, each to the core with least; `None` where it does not pay.
+fn split(rows: &[usize], cores: usize) -> Option<Vec<Vec<usize>>> {
+    let even = rows.iter().sum::<usize>() as f64 / cores as f64;
+    if even < ROWS_FROM as f64 {
+        return None;
+    }
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    order.sort_by_key(|segment| std::cmp::Reverse(rows[*segment]));
+    let mut shares = vec![(0, vec![]); cores];
+    for segment in order {
+        let (length, share) = shares.iter_mut().min_by_key(|(length, _)| *length)?;
+        *length += rows[segment];
+        share.push(segment);
+    }
+    let longest = shares.iter().map(|(length, _)| *length).max()?;
+    let shares = shares.into_iter().map(|(_, mut share)| {
+        share.sort_unstable();
+        share
+    });
+    (longest as f64 <= even * UNEVEN).then(|| shares.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::split;
+
+    #[test]
+    fn shares_are_even_and_leave_none_out() {
+        assert_eq!(split(&[1; 47], 2), None, "too few rows");
+        assert_eq!(split(&[100, 1, 1], 2), None, "too uneven");
+        assert_eq!(split(&[12; 4], 2), Some(vec![vec![0, 2], vec![1, 3]]));
+        assert_eq!(split(&[1, 1, 40, 1, 1, 37], 2), Some(vec![vec![2], vec![0, 1, 3, 4, 5]]));
+        for cores in 1..=8 {
+            let rows: Vec<usize> = (0..40).map(|segment| 1 + segment * 7 % 11).collect();
+            let shares = split(&rows, cores).unwrap();
+            let mut all = shares.concat();
+            all.sort_unstable();
+            assert_eq!((shares.len(), all), (cores, (0..40).collect::<Vec<_>>()));
+        }
+    }
+}
