@@ -103,7 +103,8 @@ pub fn load_all(models: &[PathBuf], run: &RunOptions) -> Result<Vec<Loaded>> {
 /// Starts an engine for each. The memory that is free now, with all weights in it, is shared out in equal parts.
 pub fn start_all(models: Vec<Loaded>, limits: Limits) -> Result<Vec<Served>> {
     let sharers = models.len();
-    let rooms: Vec<usize> = models.iter().map(|(_, network, _)| memory::room(network, sharers)).collect();
+    let room = |network: &Transformer| memory::room(network.config(), network.placement(), network.context(), sharers);
+    let rooms: Vec<usize> = models.iter().map(|(_, network, _)| room(network)).collect();
     let start = |((info, network, drafters), room): (Loaded, usize)| {
         let limits = Limits { tokens: limits.tokens.or(Some(room)), ..limits };
         let engine = Engine::start(network, drafters, info.tokenizer.clone(), limits);

@@ -84,6 +84,8 @@ pub struct DrafterInfo {
     pub kind: DrafterKind,
     pub limit: Shape,
     pub usual: Shape,
+    /// Bytes of weights; a chain's are the ReDrafter's own.
+    pub bytes: usize,
 }
 
 struct Entry {
@@ -133,7 +135,7 @@ impl Drafters {
     pub fn infos(&self) -> Vec<DrafterInfo> {
         let info = |(kind, entry): (&DrafterKind, &Entry)| {
             let (limit, usual) = (entry.drafter.limit(), entry.drafter.usual());
-            DrafterInfo { kind: *kind, limit, usual }
+            DrafterInfo { kind: *kind, limit, usual, bytes: entry.drafter.bytes() }
         };
         self.entries.iter().map(info).collect()
     }

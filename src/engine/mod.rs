@@ -19,7 +19,7 @@ pub mod usage;
 mod worker;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -167,7 +167,7 @@ pub enum Failure {
     Cancelled,
     #[error("the deadline passed before the text was complete")]
     DeadlineExceeded,
-    #[error("the server is stopping")]
+    #[error("the model is stopping")]
     Stopping,
     #[error("the device's memory did not suffice: ask for fewer tokens, or try again later")]
     OutOfMemory,
@@ -188,7 +188,7 @@ pub enum Refused {
     TokensFull { tokens: usize, retry: Duration },
     #[error("the request needs room for {needed} tokens, and the server has room for {budget} in all: ask for fewer")]
     TooLarge { needed: usize, budget: usize },
-    #[error("the server is stopping and takes no further requests")]
+    #[error("the model is stopping and takes no further requests")]
     Stopping,
 }
 
@@ -285,7 +285,7 @@ impl Engine {
     pub fn start(model: Transformer, drafters: Drafters, tokenizer: Arc<Tokenizer>, limits: Limits) -> std::io::Result<Self> {
         // This thread has probably loaded the model; from here on another one computes.
         crate::tensor::kernels::release_threads();
-        let tokens = limits.tokens.unwrap_or_else(|| memory::room(&model, 1));
+        let tokens = limits.tokens.unwrap_or_else(|| memory::room(model.config(), model.placement(), model.context(), 1));
         let bounds = Bounds {
             resident: limits.resident,
             tokens,
@@ -359,6 +359,11 @@ impl Engine {
         self.state.stopping.store(true, Ordering::Release);
     }
 
+    /// Tells when all handles are gone and the thread has ended, which frees the model.
+    pub fn end(&self) -> End {
+        End(Arc::downgrade(&self.state))
+    }
+
     /// For the end of a process: stops, waits for the step that runs (a few seconds at most), and leaves the thread asleep with the
     /// model. Freeing tensors while the process ends would race with libtorch's own clean-up.
     pub fn rest(self) {
@@ -368,6 +373,16 @@ impl Engine {
             std::thread::sleep(IDLE);
         }
         std::mem::forget(self);
+    }
+}
+
+/// An engine's end.
+pub struct End(Weak<State>);
+
+impl End {
+    /// Whether it has come. The thread lets go of this last.
+    pub fn come(&self) -> bool {
+        self.0.strong_count() == 0
     }
 }
 

@@ -96,7 +96,6 @@ pub(super) struct Worker {
     drafters: Drafters,
     tokenizer: Arc<Tokenizer>,
     jobs: mpsc::UnboundedReceiver<Job>,
-    state: Arc<State>,
     waiting: HashMap<Id, Job>,
     /// In the order of admission.
     residents: Vec<Resident>,
@@ -104,6 +103,8 @@ pub(super) struct Worker {
     lingering: Vec<Reader>,
     prefixes: Prefixes,
     post: Post,
+    /// Last, so that whoever sees it go finds all memory free.
+    state: Arc<State>,
 }
 
 impl Worker {

@@ -17,8 +17,8 @@ use tracing::{debug, info};
 use super::boundary::Call;
 use super::compare::{CompareStream, compare};
 use super::events::Translator;
-use super::models::Registry;
 use super::proto::{self, CompareRequest, GenerateEvent, GenerateRequest};
+use super::registry::Registry;
 use super::{convert, status};
 use crate::engine::request::validate;
 use crate::engine::{Event, Failure};
@@ -44,7 +44,7 @@ impl proto::generation_server::Generation for Generation {
         let call = Call::of(&request)?;
         let request = request.into_inner();
         let id = convert::request_id(request.request_id.as_deref())?;
-        let model = self.registry.find(&request.model)?.clone();
+        let model = self.registry.find(&request.model)?;
         let (info, name, deadline, suffix) = (model.info.clone(), id.clone(), call.deadline, request.suffix.is_some());
         let autoregressive = matches!(request.method, Some(proto::generate_request::Method::Autoregressive(_)));
         let checked = self.registry.off_thread(move || {

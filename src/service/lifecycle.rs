@@ -11,8 +11,8 @@ use tonic_health::pb::health_server::{Health as HealthApi, HealthServer};
 use tonic_health::server::{HealthReporter, HealthService};
 use tracing::{error, info};
 
-use super::models::Registry;
 use super::proto::{generation_server, models_server, tokenization_server};
+use super::registry::Registry;
 use super::{Served, convert};
 use crate::engine::request::{GenerateOptions, MethodKind, unsupported, validate};
 use crate::engine::{Event, Failure, Refused, Request};
@@ -73,7 +73,7 @@ impl Health {
 /// warm-up failed stays up and unhealthy, so that its log can be read and its models described.
 pub async fn warm(registry: &Registry, health: &Health) {
     let mut warm = true;
-    for model in registry.all() {
+    for model in &registry.all() {
         let started = Instant::now();
         match tokio::time::timeout(WARM_TIME_MAX, warm_one(model)).await.unwrap_or_else(|_| Err("it took too long".into())) {
             Ok(()) => info!(model = model.info.name, seconds = started.elapsed().as_secs_f64(), "warm"),

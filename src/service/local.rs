@@ -6,10 +6,10 @@ use std::time::Instant;
 use tonic::Status;
 
 use super::compare::{CompareStream, compare};
-use super::models::{Registry, describe};
+use super::models::describe;
 use super::proto::{self, CompareRequest};
+use super::registry::Registry;
 use super::{ServeError, ServeOptions, Served, convert, lifecycle};
-use crate::engine::Engine;
 
 /// Models at hand.
 pub struct Local(Arc<Registry>);
@@ -27,7 +27,7 @@ impl Local {
 
     /// Runs one step of every model, so that nobody's first one pays for what later ones find ready.
     pub async fn warm(&self) -> Result<(), String> {
-        for model in self.0.all() {
+        for model in &self.0.all() {
             lifecycle::warm_one(model).await.map_err(|reason| format!("model {}: {reason}", model.info.name))?;
         }
         Ok(())
@@ -41,6 +41,6 @@ impl Local {
 
     /// For the end of a process.
     pub fn rest(self) {
-        self.0.engines().cloned().for_each(Engine::rest);
+        self.0.rest();
     }
 }

@@ -9,9 +9,11 @@ mod compare;
 mod convert;
 mod events;
 mod generation;
+mod library;
 mod lifecycle;
 mod local;
 mod models;
+mod registry;
 mod status;
 mod tokenization;
 
@@ -32,12 +34,13 @@ use crate::engine::Engine;
 use crate::engine::request::ModelInfo;
 use crate::http::listen::{Acceptor, Port, Stage};
 use boundary::Boundary;
-use models::Registry;
 use proto::generation_server::GenerationServer;
 use proto::models_server::ModelsServer;
 use proto::tokenization_server::TokenizationServer;
+use registry::Registry;
 
 pub use convert::{autoregressive_message, diffusion_message, sampling_message};
+pub use library::{Library, Loader, Need};
 pub(crate) use lifecycle::Health;
 pub use lifecycle::shutdown_signal;
 pub use local::Local;
@@ -73,6 +76,10 @@ pub struct ServeOptions {
     pub drain_timeout: Duration,
     /// Origins whose pages may call by HTTP, beside the server's own; `*` for all.
     pub http_origins: Vec<HeaderValue>,
+    /// From where models are loaded by request; unset, none are.
+    pub library: Option<Library>,
+    /// Whether the process ends with serving: engines are laid to rest then.
+    pub ends_process: bool,
 }
 
 impl Default for ServeOptions {
@@ -84,6 +91,8 @@ impl Default for ServeOptions {
             request_time_max: Duration::from_secs(600),
             drain_timeout: Duration::from_secs(30),
             http_origins: vec![],
+            library: None,
+            ends_process: false,
         }
     }
 }
@@ -126,6 +135,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let listeners = listeners.into();
     let registry = Arc::new(Registry::new(models, &options)?);
+    let _rest = options.ends_process.then(|| Rest(registry.clone()));
     let health = lifecycle::Health::new().await;
     let boundary = Boundary::new(options.request_time_max);
     let calls = boundary.calls();
@@ -166,7 +176,7 @@ pub async fn serve(
     }
     info!("draining");
     health.set_serving(false).await;
-    registry.engines().for_each(Engine::drain);
+    registry.drain();
     // The listeners are dropped at once, but connections are told only when their calls are done: until then a new call on one of
     // them gets its UNAVAILABLE from us, and not some error of the client's transport.
     stage.send_replace(Stage::Draining);
@@ -176,7 +186,7 @@ pub async fn serve(
     };
     if !drained {
         info!("the drain timeout passed: ending what still runs");
-        registry.engines().for_each(Engine::stop);
+        registry.stop();
     }
     stage.send_replace(Stage::Closing);
     // Watchers of the health service would keep their connections open for ever.
@@ -205,4 +215,13 @@ fn grpc_services(registry: &Arc<Registry>, health: &Health, options: &ServeOptio
         // grpcurl, Postman and others still ask for this version.
         .add_service(reflection().build_v1alpha()?);
     Ok(routes.prepare())
+}
+
+/// Lays the engines to rest at the end of a process, however serving ends.
+struct Rest(Arc<Registry>);
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        self.0.rest();
+    }
 }

@@ -1,70 +1,23 @@
-//! The models that are served: found by name, described to clients, and a bound on the work of checking their requests.
+//! The Models service: what is served, described to clients, with the bounds on their requests; and what comes and goes.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
-use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use super::compare::{LANES_MAX, REFERENCE_BYTES_MAX};
-use super::proto::{self, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse};
-use super::{ServeError, ServeOptions, Served, convert, status};
+use super::proto::{
+    self, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse, LoadModelRequest, LoadModelResponse,
+    UnloadModelRequest, UnloadModelResponse,
+};
+use super::registry::Registry;
+use super::{ServeOptions, Served, convert, status};
 use crate::draft::DrafterInfo;
 use crate::engine::request::{
     AutoregressiveOptions, CFG_SCALE_MAX, DiffusionOptions, DrafterChoice, LOGIT_BIAS_MAX, LOGPROBS_MAX, MethodKind,
     PIECES_MAX, PROMPT_BYTES_MAX, STEPS_MAX, STOP_BYTES_MAX, STOPS_MAX, TEMPERATURE_MAX, unsupported,
 };
-use crate::engine::{Drafted, Engine, Load};
-
-/// The served models; there is at least one.
-pub struct Registry {
-    models: Vec<Served>,
-    limits: proto::Limits,
-    /// Tokenising and templating take a core each; more at once would only take the cores from the engine.
-    checks: Arc<Semaphore>,
-}
-
-impl Registry {
-    pub fn new(models: Vec<Served>, options: &ServeOptions) -> Result<Self, ServeError> {
-        if models.is_empty() {
-            return Err(ServeError::NoModel);
-        }
-        for (at, model) in models.iter().enumerate() {
-            if models[..at].iter().any(|other| other.info.name == model.info.name) {
-                return Err(ServeError::SameName(model.info.name.clone()));
-            }
-        }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { models, limits: limits(options), checks: Arc::new(Semaphore::new(cores)) })
-    }
-
-    pub fn all(&self) -> &[Served] {
-        &self.models
-    }
-
-    pub fn engines(&self) -> impl Iterator<Item = &Engine> {
-        self.models.iter().map(|model| &model.engine)
-    }
-
-    /// A model by its name; the first one if `name` is empty.
-    pub fn find(&self, name: &str) -> Result<&Served, Status> {
-        self.models.iter().find(|model| name.is_empty() || model.info.name == name).ok_or_else(|| {
-            let known: Vec<_> = self.models.iter().map(|model| model.info.name.as_str()).collect();
-            status::unknown_model(name, &known.join(", "))
-        })
-    }
-
-    /// Runs work that takes milliseconds of a core, off the threads that serve the network.
-    pub async fn off_thread<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
-        let permit = self.checks.clone().acquire_owned().await.map_err(|_| status::fault("the checks are closed", None))?;
-        let work = tokio::task::spawn_blocking(move || {
-            // Kept by the work itself: a caller that gives up does not stop it.
-            let _permit = permit;
-            work()
-        });
-        work.await.map_err(|_| status::fault("a check panicked", None))
-    }
-}
+use crate::engine::{Drafted, Load};
 
 /// The Models service.
 pub struct ModelsService(pub Arc<Registry>);
@@ -72,14 +25,33 @@ pub struct ModelsService(pub Arc<Registry>);
 #[tonic::async_trait]
 impl proto::models_server::Models for ModelsService {
     async fn list(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
-        let models = self.0.models.iter().map(describe).collect();
-        Ok(Response::new(ListModelsResponse { models, limits: Some(self.0.limits) }))
+        let registry = &self.0;
+        let away =
+            |(name, state): (String, proto::ModelState)| proto::Model { name, state: state.into(), ..Default::default() };
+        let models = registry.all().iter().map(describe).chain(registry.away().into_iter().map(away)).collect();
+        let loadable = registry.loadable().await?;
+        Ok(Response::new(ListModelsResponse { models, limits: Some(registry.limits()), loadable, memory: registry.memory() }))
     }
 
     async fn get(&self, request: Request<GetModelRequest>) -> Result<Response<GetModelResponse>, Status> {
-        let model = describe(self.0.find(&request.into_inner().name)?);
-        Ok(Response::new(GetModelResponse { model: Some(model), limits: Some(self.0.limits) }))
+        let model = describe(&self.0.find(&request.into_inner().name)?);
+        Ok(Response::new(GetModelResponse { model: Some(model), limits: Some(self.0.limits()) }))
     }
+
+    async fn load(&self, request: Request<LoadModelRequest>) -> Result<Response<LoadModelResponse>, Status> {
+        let served = self.0.load(&named(request.into_inner().name)?).await?;
+        Ok(Response::new(LoadModelResponse { model: Some(describe(&served)), memory: self.0.memory() }))
+    }
+
+    async fn unload(&self, request: Request<UnloadModelRequest>) -> Result<Response<UnloadModelResponse>, Status> {
+        self.0.unload(&named(request.into_inner().name)?).await?;
+        Ok(Response::new(UnloadModelResponse { memory: self.0.memory() }))
+    }
+}
+
+/// Which model comes or goes is never left open.
+fn named(name: String) -> Result<String, Status> {
+    if name.is_empty() { Err(status::bad_field("name", "it is empty: name the model")) } else { Ok(name) }
 }
 
 pub fn describe(model: &Served) -> proto::Model {
@@ -111,7 +83,7 @@ pub fn describe(model: &Served) -> proto::Model {
         context: info.context as u64,
         dtype: info.placement.dtype.name().into(),
         device: info.placement.device_name(),
-        weight_bytes: parameters * info.placement.dtype.size() as u64,
+        weight_bytes: info.weight_bytes() as u64,
         default_max_new_tokens: info.default_canvas() as u64,
         default_diffusion: Some(convert::diffusion_message(&defaults.unwrap_or_default())),
         default_sampling: Some(proto::Sampling {
@@ -138,6 +110,7 @@ pub fn describe(model: &Served) -> proto::Model {
         queued_tokens_max: bounds.queued_tokens as u64,
         load: Some(load(model.engine.load())),
         threads: tch::get_num_threads().max(0) as u32,
+        state: proto::ModelState::Ready.into(),
     }
 }
 
@@ -165,7 +138,7 @@ fn drafter(info: &DrafterInfo) -> proto::DrafterLimits {
     }
 }
 
-fn limits(options: &ServeOptions) -> proto::Limits {
+pub fn limits(options: &ServeOptions) -> proto::Limits {
     proto::Limits {
         message_bytes_max: options.message_bytes_max as u64,
         prompt_bytes_max: PROMPT_BYTES_MAX as u64,

@@ -53,6 +53,36 @@ pub fn unknown_model(name: &str, known: &str) -> Status {
     status(Code::NotFound, format!("model: there is no '{name}'; served are {known}"), details)
 }
 
+/// It may be there a moment later.
+pub fn unavailable(message: String) -> Status {
+    status(Code::Unavailable, message, ErrorDetails::with_retry_info(Some(RETRY)))
+}
+
+pub fn stopping() -> Status {
+    unavailable("the server is stopping".into())
+}
+
+pub fn no_library() -> Status {
+    unable("the server loads and unloads no models by request: it was started without --model-folder".into())
+}
+
+pub fn not_in_library(name: &str) -> Status {
+    let name = clip(name.into());
+    let details = ErrorDetails::with_resource_info("model", name.as_str(), "", "not in the server's model folders");
+    status(Code::NotFound, format!("name: the server's model folders have no '{name}'"), details)
+}
+
+/// The model is there, but cannot be used.
+pub fn unloadable(reason: String) -> Status {
+    unable(format!("name: the model cannot be loaded: {reason}"))
+}
+
+/// The budget does not suffice; `sum` shows why.
+pub fn no_room(sum: String) -> Status {
+    let details = ErrorDetails::with_quota_failure_violation("memory budget", clip(sum.clone()));
+    status(Code::ResourceExhausted, sum, details)
+}
+
 pub fn refused(refused: &Refused) -> Status {
     let (code, details) = match refused {
         Refused::QueueFull { retry, .. } | Refused::TokensFull { retry, .. } => {

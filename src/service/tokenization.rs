@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use super::models::Registry;
 use super::proto::{self, DetokenizeRequest, DetokenizeResponse, Token, TokenizeRequest, TokenizeResponse};
+use super::registry::Registry;
 use super::status;
 use crate::engine::request::PROMPT_BYTES_MAX;
 
@@ -39,7 +39,7 @@ impl proto::tokenization_server::Tokenization for Tokenization {
 
     async fn detokenize(&self, request: Request<DetokenizeRequest>) -> Result<Response<DetokenizeResponse>, Status> {
         let request = request.into_inner();
-        let info = self.registry.find(&request.model)?.info.clone();
+        let info = self.registry.find(&request.model)?.info;
         // The tokenizer would silently leave such a token out.
         if let Some(id) = request.token_ids.iter().find(|id| **id as usize >= info.config.vocab_size) {
             let reason = format!("token id {id} is outside the vocabulary of {}", info.config.vocab_size);

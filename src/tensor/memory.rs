@@ -28,6 +28,15 @@ fn available(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }
 
+/// Hands memory that tensors had back to the system, where the allocator would keep it for later ones.
+pub fn give_back_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it only looks through the allocator's own free lists, under its locks.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> c_int;
 
 /// The runtime's own word for the current device, where the CUDA half is open.

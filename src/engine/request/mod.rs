@@ -63,6 +63,11 @@ impl ModelInfo {
         Self { name, config, generation, tokenizer: Arc::new(tokenizer), mask_token_id, context, placement, drafters }
     }
 
+    /// Bytes of the weights, without drafters'.
+    pub fn weight_bytes(&self) -> usize {
+        self.config.parameters() * self.placement.dtype.size()
+    }
+
     /// Tokens that a canvas gets when the request does not say.
     pub fn default_canvas(&self) -> usize {
         self.generation.max_new_tokens.unwrap_or(128).min(self.context)

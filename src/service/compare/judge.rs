@@ -9,8 +9,8 @@ use crate::engine::request::{MethodKind, Prompt, unsupported};
 use crate::engine::scoring::{self, Likelihood, ScoreOptions};
 use crate::engine::{Event, Failure};
 use crate::eval::distance::levenshtein;
-use crate::service::models::Registry;
 use crate::service::proto::{self, CompareRequest, ReferenceMatch};
+use crate::service::registry::Registry;
 use crate::service::{Served, convert, status};
 
 /// What all lanes of a comparison are judged by.
@@ -26,9 +26,9 @@ pub struct Judge {
 impl Judge {
     /// Refuses a judge who is not there or cannot judge.
     pub fn new(registry: &Arc<Registry>, request: &CompareRequest, id: &str, deadline: Instant) -> Result<Self, Status> {
-        let able = |model: &&Served| unsupported(&model.info, MethodKind::Autoregressive).is_none();
+        let able = |model: &Served| unsupported(&model.info, MethodKind::Autoregressive).is_none();
         let model = match request.judge.as_deref() {
-            None => registry.all().iter().find(able),
+            None => registry.all().into_iter().find(able),
             Some("") => None,
             Some(name) => {
                 let found = registry.find(name).map_err(|refused| status::within(&refused, "judge", str::to_owned))?;
@@ -43,7 +43,7 @@ impl Judge {
             None => return Err(status::bad_field("prompt", "set one of text, chat and token_ids")),
         };
         let (registry, reference) = (registry.clone(), request.reference.clone());
-        Ok(Self { registry, model: model.cloned(), prompt, reference, deadline, id: id.into() })
+        Ok(Self { registry, model, prompt, reference, deadline, id: id.into() })
     }
 
     pub fn deadline(&self) -> Instant {

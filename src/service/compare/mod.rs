@@ -13,11 +13,10 @@ use std::time::Instant;
 use futures::stream::{self, Stream, StreamExt};
 use tonic::Status;
 
-use super::models::Registry;
 use super::proto::{self, CompareEvent, CompareRequest, GenerateRequest, compare_request, generate_request};
+use super::registry::Registry;
 use super::status::{self, bad_field};
 use super::{Served, convert};
-use crate::engine::Refused;
 use crate::engine::request::{MethodKind, unsupported, validate};
 use judge::Judge;
 use lane::Lane;
@@ -39,8 +38,8 @@ pub async fn compare(
     deadline: Instant,
 ) -> Result<CompareStream, Status> {
     // Lanes are submitted one by one, as their turns come; a server that stops is better told of at once.
-    if registry.engines().any(|engine| engine.draining()) {
-        return Err(status::refused(&Refused::Stopping));
+    if registry.draining() {
+        return Err(status::stopping());
     }
     if request.lanes.is_empty() || request.lanes.len() > LANES_MAX {
         return Err(bad_field("lanes", format!("{} lanes are not from 1 to {LANES_MAX}", request.lanes.len())));
@@ -85,10 +84,10 @@ fn model(registry: &Registry, at: usize, lane: &proto::Lane) -> Result<Served, S
     if lane.name.len() > NAME_BYTES_MAX {
         return Err(bad_field(&format!("lanes[{at}].name"), format!("it has more than {NAME_BYTES_MAX} bytes")));
     }
-    let able = |kind| registry.all().iter().find(|model| unsupported(&model.info, kind).is_none());
+    let able = |kind| registry.all().into_iter().find(|model| unsupported(&model.info, kind).is_none());
     let able = kind(lane).filter(|_| lane.model.is_empty()).and_then(able);
     let found = able.map_or_else(|| registry.find(&lane.model), Ok);
-    found.cloned().map_err(|refused| status::within(&refused, &whose(at, lane), str::to_owned))
+    found.map_err(|refused| status::within(&refused, &whose(at, lane), str::to_owned))
 }
 
 /// One lane's request, as the engine will run it.
