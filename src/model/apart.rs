@@ -3,22 +3,28 @@
 //! Where every operation is split over the cores, they wait for one another some forty times in a forward, and whenever the system needs
 //! one of them for something else, the others stand still. Sequences do not depend on one another, and on the CPU neither do their
 //! rows' numbers ([`Transformer::rows_are_independent`]): cores that go separate ways give the same and meet once. Each then reads
-//! all weights, though, which takes enough rows to be worth it.
+//! all weights, though: that pays for many rows, of a model whose weights stay in the cache that the cores share, and whose operations
+//! are short beside a wait.
+
+use std::sync::LazyLock;
 
 use super::forward::Segment;
 use super::{ModelError, Transformer};
-use crate::tensor::{Kind, Tensor, kernels};
+use crate::tensor::{Kind, Tensor, kernels, shared_cache};
 
-/// Rows for each core from which on arithmetic takes longer than reading the weights.
+/// Rows for each core from which on it pays (measured: docs/LOG.md).
 const ROWS_FROM: usize = 24;
 /// How much longer than its even part the longest share may be.
 const UNEVEN: f64 = 1.3;
+
+static SHARED_CACHE: LazyLock<u64> = LazyLock::new(|| shared_cache().unwrap_or(0));
 
 impl Transformer {
     /// Which segments each core is to take; `None` where they are too few, too small or too uneven to go separate ways.
     pub(super) fn shares(&self, segments: &[Segment]) -> Option<Vec<Vec<usize>>> {
         let threads = tch::get_num_threads().max(1) as usize;
-        if threads == 1 || segments.len() < threads || !self.rows_are_independent() {
+        let small = self.weight_bytes as u64 <= *SHARED_CACHE;
+        if threads == 1 || segments.len() < threads || !small || !self.rows_are_independent() {
             return None;
         }
         let rows: Vec<usize> = segments.iter().map(|segment| segment.tokens.len()).collect();
@@ -73,13 +79,39 @@ fn split(rows: &[usize], cores: usize) -> Option<Vec<Vec<usize>>> {
 #[cfg(test)]
 mod tests {
     use super::split;
+    use crate::checkpoint::config::ModelConfig;
+    use crate::model::cache::KvCache;
+    use crate::model::{Layout, RandomWeights, Segment, Transformer};
+    use crate::tensor::{Device, Dtype, Placement};
+
+    /// Behind caches of different lengths, in an order in which shares do not lie side by side.
+    #[test]
+    fn going_apart_changes_no_number() {
+        let config = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano-ar/config.json");
+        let config = ModelConfig::from_json(&serde_json::from_slice(&std::fs::read(config).unwrap()).unwrap()).unwrap();
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let placement = Placement { device: Device::Cpu, dtype };
+            let model = Transformer::new(&config, placement, 64, &mut RandomWeights { placement }).unwrap();
+            let texts: Vec<Vec<u32>> =
+                (0..7u32).map(|text| (0..3 + 4 * text).map(|at| (at * 31 + text) % 900).collect()).collect();
+            let run = |forward: &dyn Fn(&[Segment]) -> crate::tensor::Tensor| {
+                let caches: Vec<KvCache> = texts.iter().map(|_| KvCache::new(&config, placement, 64).unwrap()).collect();
+                let segments = texts.iter().zip(&caches);
+                let segments = segments.map(|(tokens, cache)| Segment { tokens, layout: Layout::Causal, cache: Some(cache) });
+                tch::no_grad(|| forward(&segments.collect::<Vec<_>>()))
+            };
+            let shares = vec![vec![1, 6], vec![0, 3, 4], vec![2, 5]];
+            let apart = run(&|segments| model.forward_apart(segments, &shares).unwrap());
+            assert!(apart.equal(&run(&|segments| model.forward_together(segments).unwrap())), "{dtype:?}");
+        }
+    }
 
     #[test]
     fn shares_are_even_and_leave_none_out() {
         assert_eq!(split(&[1; 47], 2), None, "too few rows");
         assert_eq!(split(&[100, 1, 1], 2), None, "too uneven");
         assert_eq!(split(&[12; 4], 2), Some(vec![vec![0, 2], vec![1, 3]]));
-        assert_eq!(split(&[1, 1, 40, 1, 1, 37], 2), Some(vec![vec![2], vec![0, 1, 3, 4, 5]]));
+        assert_eq!(split(&[1, 1, 40, 1, 1, 36], 2), Some(vec![vec![2], vec![0, 1, 3, 4, 5]]));
         for cores in 1..=8 {
             let rows: Vec<usize> = (0..40).map(|segment| 1 + segment * 7 % 11).collect();
             let shares = split(&rows, cores).unwrap();

@@ -175,6 +175,7 @@ pub struct Transformer {
     norm: Tensor,
     head: Option<Tensor>,
     rotary: Rotary,
+    weight_bytes: usize,
 }
 
 impl Transformer {
@@ -210,7 +211,8 @@ impl Transformer {
         let norm = next()?;
         let head = if config.tied { None } else { Some(next()?) };
         let rotary = Rotary::new(config, positions.min(config.max_positions), placement.device)?;
-        Ok(Self { config: config.clone(), placement, embedding, layers, norm, head, rotary })
+        let weight_bytes = config.parameters() * placement.dtype.size();
+        Ok(Self { config: config.clone(), placement, embedding, layers, norm, head, rotary, weight_bytes })
     }
 
     pub fn config(&self) -> &ModelConfig {

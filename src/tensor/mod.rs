@@ -9,7 +9,7 @@ mod memory;
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-pub use memory::{free_memory, give_back_memory};
+pub use memory::{free_memory, give_back_memory, shared_cache};
 pub use tch::{Device, Kind, TchError, Tensor};
 
 /// Floating-point type of weights and activations.
