@@ -14,13 +14,16 @@ use crate::tensor::{Kind, Tensor, kernels, shared_cache};
 
 /// Rows for each core from which on it pays (measured: docs/LOG.md).
 const ROWS_FROM: usize = 24;
+/// Rows of a share, where the segments allow it: what lies between a layer's operations then stays in a core's own cache, and is
+/// small enough for the allocator to use the same memory again, rather than have the system clear new pages.
+const ROWS_TO: usize = 256;
 /// How much longer than its even part the longest share may be.
 const UNEVEN: f64 = 1.3;
 
 static SHARED_CACHE: LazyLock<u64> = LazyLock::new(|| shared_cache().unwrap_or(0));
 
 impl Transformer {
-    /// Which segments each core is to take; `None` where they are too few, too small or too uneven to go separate ways.
+    /// Which segments are to be run by themselves, in even shares for all cores; `None` where they are too few, too small or too uneven to go separate ways.
     pub(super) fn shares(&self, segments: &[Segment]) -> Option<Vec<Vec<usize>>> {
         let threads = tch::get_num_threads().max(1) as usize;
         let small = self.weight_bytes as u64 <= *SHARED_CACHE;
@@ -54,15 +57,17 @@ impl Transformer {
     }
 }
 
-/// Spreads segments of so many rows over so many cores, the longest first, each to the core with least; `None` where it does not pay.
+/// Spreads segments of so many rows over shares for so many cores, the longest first, each to the share with least; `None` where it
+/// does not pay.
 fn split(rows: &[usize], cores: usize) -> Option<Vec<Vec<usize>>> {
-    let even = rows.iter().sum::<usize>() as f64 / cores as f64;
-    if even < ROWS_FROM as f64 {
+    let all: usize = rows.iter().sum();
+    if all < ROWS_FROM * cores {
         return None;
     }
+    let count = cores * all.div_ceil(ROWS_TO * cores).clamp(1, rows.len() / cores);
     let mut order: Vec<usize> = (0..rows.len()).collect();
     order.sort_by_key(|segment| std::cmp::Reverse(rows[*segment]));
-    let mut shares = vec![(0, vec![]); cores];
+    let mut shares = vec![(0, vec![]); count];
     for segment in order {
         let (length, share) = shares.iter_mut().min_by_key(|(length, _)| *length)?;
         *length += rows[segment];
@@ -73,7 +78,7 @@ fn split(rows: &[usize], cores: usize) -> Option<Vec<Vec<usize>>> {
         share.sort_unstable();
         share
     });
-    (longest as f64 <= even * UNEVEN).then(|| shares.collect())
+    ((longest * count) as f64 <= all as f64 * UNEVEN).then(|| shares.collect())
 }
 
 #[cfg(test)]
@@ -112,12 +117,14 @@ mod tests {
         assert_eq!(split(&[100, 1, 1], 2), None, "too uneven");
         assert_eq!(split(&[12; 4], 2), Some(vec![vec![0, 2], vec![1, 3]]));
         assert_eq!(split(&[1, 1, 40, 1, 1, 36], 2), Some(vec![vec![2], vec![0, 1, 3, 4, 5]]));
+        assert_eq!(split(&[200; 8], 2).unwrap().len(), 8, "four for each of two cores, none above the most");
+        assert_eq!(split(&[2000; 3], 2), None, "too uneven, and no more shares than segments");
         for cores in 1..=8 {
-            let rows: Vec<usize> = (0..40).map(|segment| 1 + segment * 7 % 11).collect();
+            let rows: Vec<usize> = (0..40).map(|segment| 10 * (1 + segment * 7 % 11)).collect();
             let shares = split(&rows, cores).unwrap();
             let mut all = shares.concat();
             all.sort_unstable();
-            assert_eq!((shares.len(), all), (cores, (0..40).collect::<Vec<_>>()));
+            assert!(shares.len().is_multiple_of(cores) && all.iter().copied().eq(0..40), "{cores}: {shares:?}");
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod rows;
 
 use std::ffi::{c_uint, c_void};
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -75,18 +76,19 @@ extern "C" fn part<K: Kernel>(kernel: *mut c_void) {
     }
 }
 
-/// Does `work` for `0..parts` at once, each part on a thread of libtorch's own; operations within it run on that thread alone. Gives the
-/// parts' results in order. A part that panics has the caller panic, once all have ended.
+/// Does `work` for `0..parts` on all of libtorch's own threads, which take one part after another; operations within a part run on its
+/// thread alone. Gives the parts' results in order. A part that panics has the caller panic, once all have ended.
 ///
 /// # Safety
 /// What the parts share must bear being used by several threads at once, whatever its type says: tensors do where nobody writes to them.
 pub unsafe fn side_by_side<T: Send, W: Fn(usize) -> T>(parts: usize, work: W) -> Vec<T> {
-    let team = Team { work, results: (0..parts).map(|_| Mutex::new(None)).collect() };
+    let team = Team { work, next: AtomicUsize::new(0), results: (0..parts).map(|_| Mutex::new(None)).collect() };
+    let threads = parts.min(tch::get_num_threads().max(1) as usize);
     match *OPENMP {
         Some(openmp) => unsafe {
-            (openmp.parallel)(member::<T, W>, std::ptr::from_ref(&team).cast_mut().cast(), parts as c_uint, 0);
+            (openmp.parallel)(member::<T, W>, std::ptr::from_ref(&team).cast_mut().cast(), threads as c_uint, 0);
         },
-        None => (0..parts).for_each(|part| team.run(part)),
+        None => team.run(),
     }
     let result = |slot: Mutex<Option<std::thread::Result<T>>>| match slot.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(Ok(result)) => result,
@@ -99,24 +101,26 @@ pub unsafe fn side_by_side<T: Send, W: Fn(usize) -> T>(parts: usize, work: W) ->
 /// Parts of some work, and what became of them.
 struct Team<T, W> {
     work: W,
+    next: AtomicUsize,
     results: Vec<Mutex<Option<std::thread::Result<T>>>>,
 }
 
 impl<T, W: Fn(usize) -> T> Team<T, W> {
-    fn run(&self, part: usize) {
-        // A panic must not run through OpenMP's frames.
-        let result = std::panic::catch_unwind(AssertUnwindSafe(|| (self.work)(part)));
-        *self.results[part].lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+    /// One thread's turn: parts as long as there are any.
+    fn run(&self) {
+        loop {
+            let part = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(slot) = self.results.get(part) else { return };
+            // A panic must not run through OpenMP's frames.
+            let result = std::panic::catch_unwind(AssertUnwindSafe(|| (self.work)(part)));
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        }
     }
 }
 
 extern "C" fn member<T, W: Fn(usize) -> T>(team: *mut c_void) {
     // SAFETY: `side_by_side` passes a team of this type, and waits for all threads.
-    let team = unsafe { &*team.cast::<Team<T, W>>() };
-    let Some(openmp) = *OPENMP else { return };
-    // OpenMP may give fewer threads than asked for.
-    let (thread, threads) = unsafe { ((openmp.thread)() as usize, (openmp.threads)() as usize) };
-    (thread..team.results.len()).step_by(threads.max(1)).for_each(|part| team.run(part));
+    unsafe { &*team.cast::<Team<T, W>>() }.run();
 }
 
 #[cfg(target_arch = "x86_64")]
