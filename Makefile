@@ -30,7 +30,7 @@ help: ## list what there is
 setup: ## check the tools, install libtorch, fetch the crates
 	@scripts/setup-libtorch.sh
 
-setup-tests: ## install what the tests' Python clients need into .venv
+setup-tests: ## install what the tests' clients need: .venv, tests/node, Chromium
 	@scripts/setup-tests.sh
 
 build: setup ## build target/release/lacuna
@@ -84,5 +84,5 @@ train-drafters: build ## train draft heads for TEACHER anew, into DRAFTERS
 	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind redrafter --steps 6000 --draft-vocabulary 256 $(TRAIN_HEADS)
 	$(LACUNA) train drafter --teacher $(TEACHER) --out $(DRAFTERS) --kind medusa --steps 4000 $(TRAIN_HEADS)
 
-clean: ## remove what was built, but neither libtorch nor .venv
+clean: ## remove what was built, but neither libtorch nor what the tests need
 	cargo clean

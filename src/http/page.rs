@@ -7,8 +7,17 @@ use http::{HeaderMap, StatusCode, header};
 use sha2::{Digest, Sha256};
 
 /// The page's own files run, and nothing else does; it speaks to this server alone.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; \
-     frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; frame-src 'self'; \
+     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// A generated page runs whatever it has, in an origin that is nobody's, and reaches no network. That it leads its frame elsewhere is
+/// prevented by the `frame-src` of the page around it.
+const FRAME_POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; \
+     media-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'; sandbox allow-scripts";
+
+const HTML: &str = "text/html; charset=utf-8";
+const CSS: &str = "text/css; charset=utf-8";
+const SVG: &str = "image/svg+xml";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
 
 struct File {
     path: &'static str,
@@ -18,20 +27,30 @@ struct File {
     policy: &'static str,
 }
 
-const FILES: [File; 3] = [
-    File { path: "/", content_type: "text/html; charset=utf-8", content: include_bytes!("page/index.html"), policy: POLICY },
-    File {
-        path: "/app.js",
-        content_type: "text/javascript; charset=utf-8",
-        content: include_bytes!("page/app.js"),
-        policy: POLICY,
-    },
-    File {
-        path: "/style.css",
-        content_type: "text/css; charset=utf-8",
-        content: include_bytes!("page/style.css"),
-        policy: POLICY,
-    },
+const fn file(path: &'static str, content_type: &'static str, content: &'static [u8]) -> File {
+    File { path, content_type, content, policy: POLICY }
+}
+
+const FILES: [File; 19] = [
+    file("/", HTML, include_bytes!("page/index.html")),
+    file("/style.css", CSS, include_bytes!("page/style.css")),
+    file("/icon.svg", SVG, include_bytes!("page/icon.svg")),
+    file("/main.js", SCRIPT, include_bytes!("page/main.js")),
+    file("/canvas.js", SCRIPT, include_bytes!("page/canvas.js")),
+    file("/connection.js", SCRIPT, include_bytes!("page/connection.js")),
+    file("/examples.js", SCRIPT, include_bytes!("page/examples.js")),
+    file("/figures.js", SCRIPT, include_bytes!("page/figures.js")),
+    file("/grpc.js", SCRIPT, include_bytes!("page/grpc.js")),
+    file("/lane.js", SCRIPT, include_bytes!("page/lane.js")),
+    file("/preview.js", SCRIPT, include_bytes!("page/preview.js")),
+    file("/prompt.js", SCRIPT, include_bytes!("page/prompt.js")),
+    file("/protobuf.js", SCRIPT, include_bytes!("page/protobuf.js")),
+    file("/replay.js", SCRIPT, include_bytes!("page/replay.js")),
+    file("/settings.js", SCRIPT, include_bytes!("page/settings.js")),
+    file("/share.js", SCRIPT, include_bytes!("page/share.js")),
+    file("/theme.js", SCRIPT, include_bytes!("page/theme.js")),
+    file("/view.js", SCRIPT, include_bytes!("page/view.js")),
+    File { path: "/frame.html", content_type: HTML, content: include_bytes!("page/frame.html"), policy: FRAME_POLICY },
 ];
 
 pub fn router() -> Router {
