@@ -14,5 +14,6 @@ pub mod eval;
 pub mod http;
 pub mod model;
 pub mod service;
+pub mod telemetry;
 pub mod tensor;
 pub mod train;

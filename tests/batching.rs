@@ -220,7 +220,7 @@ fn together(model: &Transformer, hows: &[How]) -> Vec<Result<Vec<u32>, String>> 
                 places.push(index);
             }
         }
-        let results = runner::round(model, &Drafters::default(), members, &TOKENIZER);
+        let results = runner::round(model, &Drafters::default(), members, &TOKENIZER, None);
         for (place, result) in places.into_iter().zip(results) {
             all[place].2 = result.map(drop).map_err(|reason| reason.to_string());
         }

@@ -15,6 +15,7 @@ use super::load::{self, RunOptions};
 use crate::engine::{Engine, Limits};
 use crate::http::listen::Acceptor;
 use crate::service::{Listeners, ServeOptions, serve, shutdown_signal};
+use crate::telemetry::{Telemetry, Tracing};
 
 #[derive(Args, Debug)]
 pub struct Options {
@@ -53,6 +54,12 @@ pub struct Options {
     /// How long running requests may go on once the server is told to stop
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     pub drain_seconds: u64,
+    /// Send spans of requests to the OpenTelemetry collector there, by OTLP over gRPC
+    #[arg(long, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// Write prompts to the log, which are people's own words
+    #[arg(long)]
+    pub log_prompts: bool,
 }
 
 /// An address, or none.
@@ -101,6 +108,11 @@ pub fn run(options: Options) -> Result<()> {
             Some(address) => Some(listen(address, "--http").await?),
             None => None,
         };
+        let mut telemetry = Telemetry::default();
+        if let Some(endpoint) = &options.otlp_endpoint {
+            let tracing = Tracing::start(endpoint, &telemetry.metrics);
+            telemetry.tracing = Some(tracing.with_context(|| format!("cannot send spans to {endpoint}"))?);
+        }
         let models = tokio::task::block_in_place(|| load::load_all(&options.model, &options.run))?;
         for (model, network, _) in &models {
             let placement = network.placement();
@@ -127,6 +139,8 @@ pub fn run(options: Options) -> Result<()> {
             request_time_max: Duration::from_secs(options.request_seconds),
             drain_timeout: Duration::from_secs(options.drain_seconds),
             http_origins: options.http_allow_origin,
+            telemetry: telemetry.clone(),
+            log_prompts: options.log_prompts,
             ..ServeOptions::default()
         };
         let signal = async {
@@ -138,6 +152,9 @@ pub fn run(options: Options) -> Result<()> {
         let listeners = Listeners { grpc, http, acceptor: Acceptor::Plain };
         serve(listeners, served, settings, signal).await?;
         info!("stopped");
+        if let Some(tracing) = telemetry.tracing {
+            tokio::task::block_in_place(|| tracing.finish());
+        }
         engines.into_iter().for_each(Engine::rest);
         anyhow::Ok(())
     })

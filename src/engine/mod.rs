@@ -19,7 +19,7 @@ pub mod usage;
 mod worker;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -30,6 +30,8 @@ use crate::decode::canvas::Canvas;
 use crate::decode::{FinishReason, Sampling, Step, autoregressive, diffusion};
 use crate::draft::Drafters;
 use crate::model::{ModelError, Transformer};
+use crate::telemetry::Trace;
+use crate::telemetry::meter::Meter;
 use scheduler::{Bounds, Id, Refusal, Scheduler};
 use worker::Worker;
 
@@ -60,6 +62,8 @@ pub struct Request {
     pub priority: i32,
     /// Whether its prompt is computed anew, whatever is known of its beginning, so that its cost is its own.
     pub fresh: bool,
+    /// Where its parts are told to, beside its events.
+    pub trace: Trace,
 }
 
 impl Request {
@@ -233,6 +237,7 @@ struct Job {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Load {
     pub waiting: usize,
+    pub waiting_tokens: usize,
     pub residents: usize,
     /// Tokens of the residents, and the most there may be.
     pub tokens: usize,
@@ -256,6 +261,8 @@ struct State {
     /// End everything now.
     stopping: AtomicBool,
     book: Mutex<Book>,
+    /// Where it counts, once somebody wants to know.
+    meter: OnceLock<Meter>,
 }
 
 struct Book {
@@ -269,6 +276,37 @@ struct Book {
 impl State {
     fn book(&self) -> MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A request that was taken ended early.
+    fn count(&self, failure: &Failure) {
+        if let Some(meter) = self.meter.get() {
+            meter.failed(failure);
+        }
+    }
+
+    fn load(&self) -> Load {
+        let book = self.book();
+        let scheduler = &book.scheduler;
+        Load {
+            waiting: scheduler.waiting(),
+            waiting_tokens: scheduler.waiting_tokens(),
+            residents: scheduler.residents(),
+            tokens: scheduler.tokens(),
+            ..book.load
+        }
+    }
+}
+
+/// What an engine says of itself, for somebody who does not keep it alive.
+pub struct Readings(Weak<State>);
+
+impl Readings {
+    /// `None` once the engine is gone.
+    pub fn take(&self) -> Option<(Load, Drafted)> {
+        let state = self.0.upgrade()?;
+        let drafted = state.book().drafted.clone();
+        Some((state.load(), drafted))
     }
 }
 
@@ -298,8 +336,12 @@ impl Engine {
             drafted: Drafted::default(),
             stay: 0.0,
         };
-        let state =
-            Arc::new(State { draining: AtomicBool::new(false), stopping: AtomicBool::new(false), book: Mutex::new(book) });
+        let state = Arc::new(State {
+            draining: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            book: Mutex::new(book),
+            meter: OnceLock::new(),
+        });
         // The scheduler bounds what is in it.
         let (queue, jobs) = mpsc::unbounded_channel();
         let worker = Worker::new(model, drafters, tokenizer, jobs, state.clone(), limits.prefix_tokens.unwrap_or(tokens / 4));
@@ -309,6 +351,14 @@ impl Engine {
 
     /// Hands a request over; its events come through the receiver. Dropping the receiver cancels the request.
     pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Result<Event, Failure>>, Refused> {
+        let taken = self.take(request);
+        if let (Err(refused), Some(meter)) = (&taken, self.state.meter.get()) {
+            meter.refused(refused);
+        }
+        taken
+    }
+
+    fn take(&self, request: Request) -> Result<mpsc::Receiver<Result<Event, Failure>>, Refused> {
         let mut book = self.state.book();
         if self.state.draining.load(Ordering::Acquire) {
             return Err(Refused::Stopping);
@@ -328,9 +378,17 @@ impl Engine {
     }
 
     pub fn load(&self) -> Load {
-        let book = self.state.book();
-        let scheduler = &book.scheduler;
-        Load { waiting: scheduler.waiting(), residents: scheduler.residents(), tokens: scheduler.tokens(), ..book.load }
+        self.state.load()
+    }
+
+    /// The same and the drafts', for as long as the engine lives.
+    pub fn readings(&self) -> Readings {
+        Readings(Arc::downgrade(&self.state))
+    }
+
+    /// Has it count into `meter` from here on; the first one stays.
+    pub fn count_into(&self, meter: Meter) {
+        let _ = self.state.meter.set(meter);
     }
 
     /// What may be in the engine at one time.

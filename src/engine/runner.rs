@@ -14,6 +14,7 @@ use crate::draft::{Context, Drafters};
 use crate::model::cache::KvCache;
 use crate::model::statistics::{Conditions, Proposal, greedy, is_greedy, statistics};
 use crate::model::{Layout, ModelError, Segment, Transformer};
+use crate::telemetry::meter::{Meter, Phase};
 use crate::tensor::{Kind, Tensor, kernels};
 
 /// Rows of one forward: enough to fill any device with work, few enough for their activations to be small beside the weights.
@@ -272,19 +273,27 @@ pub struct Member<'a> {
 }
 
 /// One step of every sequence: windows run together where they can, what each makes of its own, caches brought in line, the next
-/// drafts. Gives each one's events, or what went wrong with it; no sequence's trouble is another's.
+/// drafts. Gives each one's events, or what went wrong with it; no sequence's trouble is another's. Forwards are counted into `meter`.
 pub fn round(
     model: &Transformer,
     drafters: &Drafters,
     members: Vec<Member>,
     tokenizer: &Tokenizer,
+    meter: Option<&Meter>,
 ) -> Vec<Result<Vec<Event>, StepError>> {
     let asks: Vec<Ask> = members.iter().map(|member| Ask { window: &member.window, residence: &*member.residence }).collect();
     let mut outcomes: Vec<Result<Outcome, StepError>> = Vec::with_capacity(asks.len());
     for forward in forwards(model, &asks) {
         let together = &asks[forward];
+        let began = Instant::now();
         match guarded(|| Ok(run_all(model, together)?)) {
-            Ok(found) => outcomes.extend(found.into_iter().map(|outcome| outcome.map_err(StepError::from))),
+            Ok(found) => {
+                if let Some(meter) = meter {
+                    let phase = Phase::of(together.iter().map(|ask| ask.window.purpose));
+                    meter.forward(phase, together.iter().map(Ask::sequences).sum(), began.elapsed());
+                }
+                outcomes.extend(found.into_iter().map(|outcome| outcome.map_err(StepError::from)));
+            }
             Err(reason) if together.len() == 1 => outcomes.push(Err(reason)),
             // Somebody's window breaks the forward: each for itself shows whose. What was written to caches is written again.
             Err(_) => outcomes.extend(together.iter().map(|ask| guarded(|| Ok(run(model, ask.window, ask.residence)?)))),
@@ -326,7 +335,7 @@ pub fn step(
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Event>, StepError> {
     let Some(window) = sequence.window() else { return Ok(vec![]) };
-    round(model, drafters, vec![Member { sequence, residence, window }], tokenizer).pop().unwrap_or(Ok(vec![]))
+    round(model, drafters, vec![Member { sequence, residence, window }], tokenizer, None).pop().unwrap_or(Ok(vec![]))
 }
 
 /// What a sequence makes of its window.

@@ -12,6 +12,7 @@ use super::{Engine, Event, Failure, Method, Refused, Request, runner};
 use crate::decode::Sampling;
 use crate::decode::autoregressive::scoring::Parameters;
 use crate::decode::canvas::{Canvas, Piece};
+use crate::telemetry::Trace;
 
 /// Tokens of one forward, at most; a round has no more of them for prompts.
 const CHUNK_MAX: usize = super::scheduler::PREFILL_ROWS;
@@ -97,7 +98,7 @@ pub fn validate(model: &ModelInfo, options: ScoreOptions) -> Result<Request, Inv
     let canvas = Canvas::new(&prompt, &[Piece::Hole(text.len())], 0);
     let method = Method::Scoring(Parameters { text, chunk, sampling: Sampling::default() });
     let ScoreOptions { id, deadline, .. } = options;
-    Ok(Request { id, canvas, method, stops: vec![], steps: false, deadline, priority: 0, fresh: true })
+    Ok(Request { id, canvas, method, stops: vec![], steps: false, deadline, priority: 0, fresh: true, trace: Trace::default() })
 }
 
 /// Scores a text and waits for it; not for threads that serve a network.

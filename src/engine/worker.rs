@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use opentelemetry::KeyValue;
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
@@ -21,6 +22,8 @@ use crate::decode::autoregressive::{Autoregressive, DrafterKind};
 use crate::decode::{Decoder, Purpose, Window, diffusion};
 use crate::draft::Drafters;
 use crate::model::{ModelError, Transformer};
+use crate::telemetry::Trace;
+use crate::telemetry::meter::{Kind, Meter};
 
 /// Weight of the newest stay in the smoothed one.
 const SMOOTHING: f64 = 0.1;
@@ -88,7 +91,66 @@ struct Resident {
     fresh: bool,
     /// Whether what it has of its prompt is in the store.
     stored: bool,
+    course: Course,
+}
+
+/// What is told of a resident's time when it is over.
+struct Course {
+    kind: Kind,
+    trace: Trace,
+    submitted: Instant,
     since: Instant,
+    /// Whether its step in this round is over the prompt, and the end of the last one that was.
+    prefilling: bool,
+    prefilled: Option<Instant>,
+    /// When it last had text to give.
+    text: Option<Instant>,
+    rounds: u64,
+}
+
+impl Course {
+    /// A step begins. Gives the trace if the round is to have a span for it: a sequence's first round has one, its second, its fourth
+    /// and so on, so that a thousand steps have ten.
+    fn begin(&mut self, purpose: Purpose) -> Option<Trace> {
+        self.prefilling = purpose == Purpose::Prefill;
+        self.rounds += 1;
+        (self.trace.is_on() && self.rounds.is_power_of_two()).then(|| self.trace.clone())
+    }
+
+    /// A step is over.
+    fn stepped(&mut self, now: Instant, events: &[Event], meter: Option<&Meter>) {
+        if std::mem::take(&mut self.prefilling) {
+            self.prefilled = Some(now);
+        }
+        if let Some(meter) = meter {
+            meter.stepped(self.kind, events, self.text.map(|text| now.saturating_duration_since(text)));
+            if events.iter().any(|event| matches!(event, Event::Committed { .. })) {
+                self.text = Some(now);
+            }
+        }
+    }
+
+    /// The sequence is over.
+    fn end(&self, sequence: &Sequence, meter: Option<&Meter>) {
+        if let Some(meter) = meter.filter(|_| sequence.finish_reason().is_some()) {
+            meter.finished(self.kind, sequence.usage());
+        }
+        if !self.trace.is_on() {
+            return;
+        }
+        let (usage, now) = (sequence.usage(), Instant::now());
+        let decoder = KeyValue::new("lacuna.decoder", self.kind.name());
+        self.trace.part("queue", self.submitted, self.since, vec![]);
+        if let Some(prefilled) = self.prefilled {
+            let reused = KeyValue::new("lacuna.reused_tokens", usage.reused_tokens as i64);
+            let tokens = KeyValue::new("gen_ai.usage.input_tokens", usage.prompt_tokens as i64);
+            self.trace.part("prefill", self.since, prefilled, vec![tokens, reused]);
+        }
+        let steps = KeyValue::new("lacuna.steps", usage.steps as i64);
+        let forwards = KeyValue::new("lacuna.forwards", usage.forwards.model() as i64);
+        let tokens = KeyValue::new("gen_ai.usage.output_tokens", usage.generated_tokens as i64);
+        self.trace.part("decode", self.prefilled.unwrap_or(self.since), now, vec![decoder, steps, forwards, tokens]);
+    }
 }
 
 pub(super) struct Worker {
@@ -161,6 +223,7 @@ impl Worker {
             None => true,
             Some(failure) => {
                 state.book().scheduler.leave(*id);
+                state.count(&failure);
                 let _ = job.reply.try_send(Err(failure));
                 false
             }
@@ -182,6 +245,7 @@ impl Worker {
                 None => self.residents.push(resident),
                 Some(failure) => {
                     debug!(request = resident.reader.name, %failure, "ended early");
+                    self.state.count(&failure);
                     self.leave(resident, |reader| reader.fail(failure));
                 }
             }
@@ -209,12 +273,13 @@ impl Worker {
     /// Gives a request its place, and its reader what there is before the first step.
     fn take(&mut self, job: Job) {
         let Job { id, request, reply, submitted } = job;
-        let Request { id: name, canvas, method, stops, steps, deadline, fresh, .. } = request;
+        let Request { id: name, canvas, method, stops, steps, deadline, fresh, trace, .. } = request;
         let reader = Reader { id, name, reply, outbox: Outbox::default(), given: vec![], steps, deadline };
         let book = self.state.book();
         let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
         drop(book);
         self.prefixes.shrink(room);
+        let kind = Kind::of(&method);
         let begun = guarded(|| {
             let (ends, drafts, logprobs) = (method.ends().to_vec(), method.drafts(), method.logprobs());
             let decoder: Box<dyn Decoder> = match method {
@@ -245,8 +310,20 @@ impl Worker {
         });
         match begun {
             Ok((sequence, residence, drafter, events)) => {
-                let mut resident =
-                    Resident { reader, sequence, residence, drafter, fresh, stored: false, since: Instant::now() };
+                let course = Course {
+                    kind,
+                    trace,
+                    submitted,
+                    since: Instant::now(),
+                    prefilling: false,
+                    prefilled: None,
+                    text: None,
+                    rounds: 0,
+                };
+                let mut resident = Resident { reader, sequence, residence, drafter, fresh, stored: false, course };
+                if let Some(meter) = self.state.meter.get() {
+                    meter.began(kind, resident.sequence.usage().queued);
+                }
                 match resident.sequence.finish_reason() {
                     None => {
                         resident.reader.take(events);
@@ -258,6 +335,7 @@ impl Worker {
             }
             Err(reason) => {
                 error!(request = reader.name, %reason, "a request could not begin");
+                self.state.count(&reason.failure());
                 self.part(reader, |reader| reader.fail(reason.failure()));
             }
         }
@@ -279,12 +357,13 @@ impl Worker {
 
     /// One step of everybody who has a window; gives how many there were.
     fn round(&mut self, mut residents: Vec<Resident>, windows: Vec<Option<Result<Window, StepError>>>) -> usize {
-        let mut members = vec![];
+        let (mut members, mut traced) = (vec![], vec![]);
         let mut results: Vec<Option<Result<Vec<Event>, StepError>>> = vec![];
         for (resident, window) in residents.iter_mut().zip(windows) {
             results.push(match window {
                 Some(Ok(window)) => {
-                    let Resident { sequence, residence, .. } = resident;
+                    let Resident { sequence, residence, course, .. } = resident;
+                    traced.extend(course.begin(window.purpose));
                     members.push((results.len(), Member { sequence, residence, window }));
                     None
                 }
@@ -294,11 +373,16 @@ impl Worker {
         }
         let (places, members): (Vec<usize>, Vec<Member>) = members.into_iter().unzip();
         let stepped = places.len();
-        let stepping = runner::round(&self.model, &self.drafters, members, &self.tokenizer);
+        let (meter, began) = (self.state.meter.get(), Instant::now());
+        let stepping = runner::round(&self.model, &self.drafters, members, &self.tokenizer, meter);
+        let ended = Instant::now();
+        let sequences = KeyValue::new("lacuna.sequences", stepped as i64);
+        Trace::round(&traced, began, ended, vec![sequences]);
         places.into_iter().zip(stepping).for_each(|(place, result)| results[place] = Some(result));
         for (mut resident, result) in residents.into_iter().zip(results) {
             match result.unwrap_or(Ok(vec![])) {
                 Ok(events) => {
+                    resident.course.stepped(ended, &events, self.state.meter.get());
                     self.remember(&mut resident);
                     match resident.sequence.finish_reason() {
                         None => {
@@ -311,6 +395,7 @@ impl Worker {
                 }
                 Err(reason) => {
                     error!(request = resident.reader.name, %reason, "a step failed");
+                    self.state.count(&reason.failure());
                     self.leave(resident, |reader| reader.fail(reason.failure()));
                 }
             }
@@ -338,10 +423,11 @@ impl Worker {
     /// A sequence is over: its memory is free at once, and what it saw of its drafter is where the next one begins. All of that is so
     /// before its reader is told by `last`.
     fn leave(&mut self, resident: Resident, last: impl FnOnce(&mut Reader)) {
-        let Resident { reader, sequence, residence, drafter, since, .. } = resident;
+        let Resident { reader, sequence, residence, drafter, course, .. } = resident;
         drop(residence);
+        course.end(&sequence, self.state.meter.get());
         let mut book = self.state.book();
-        let stay = since.elapsed().as_secs_f64();
+        let stay = course.since.elapsed().as_secs_f64();
         book.stay = if book.stay == 0.0 { stay } else { book.stay + SMOOTHING * (stay - book.stay) };
         if let Some(found) = sequence.decoder().speculation() {
             book.drafted.add(found, sequence.usage());

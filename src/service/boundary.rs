@@ -19,7 +19,8 @@ use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use super::status;
+use super::{convert, status};
+use crate::telemetry::{Account, Watched};
 
 /// Our deadline is this much earlier than the client's, so that it fires before the timer of tonic's clients, which would say CANCELLED.
 const MARGIN: Duration = Duration::from_millis(2);
@@ -28,6 +29,8 @@ const MARGIN: Duration = Duration::from_millis(2);
 #[derive(Clone)]
 pub struct Call {
     pub arrived: Instant,
+    /// What is told of it when it is over.
+    pub account: Account,
     /// The client's deadline, or the server's own bound where that is earlier.
     pub deadline: Instant,
     _running: Arc<Running>,
@@ -37,6 +40,14 @@ impl Call {
     /// Takes the call out of a request. The boundary puts one into each.
     pub fn of<T>(request: &tonic::Request<T>) -> Result<Self, Status> {
         request.extensions().get::<Self>().cloned().ok_or_else(|| status::fault("the call has no deadline", None))
+    }
+
+    /// What its client calls it, or else we do.
+    pub fn name(&self, asked: Option<&str>) -> Result<String, Status> {
+        let Some(asked) = asked else { return Ok(self.account.id()) };
+        let id = convert::request_id(Some(asked))?;
+        self.account.named(&id);
+        Ok(id)
     }
 }
 
@@ -113,18 +124,21 @@ where
             None => Duration::MAX,
         };
         let deadline = arrived + asked.min(self.boundary.time_max);
-        let call = Call { arrived, deadline, _running: Running::new(&self.boundary.running) };
+        let account = Account::of(request.extensions());
+        let call = Call { arrived, account: account.clone(), deadline, _running: Running::new(&self.boundary.running) };
         request.extensions_mut().insert(call.clone());
         let handled = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
         Box::pin(async move {
             // Also covers a client that never sends the rest of its message.
             let handled = tokio::time::timeout_at(deadline.into(), handled).await;
             drop(call);
-            Ok(match handled {
+            let response = match handled {
                 Ok(Ok(Ok(response))) => blame(response),
-                Ok(Err(_)) => status::fault("a handler panicked", None).into_http(),
+                Ok(Err(_)) => status::fault("a handler panicked", Some(&account.id())).into_http(),
                 Err(_) => status::deadline_exceeded().into_http(),
-            })
+            };
+            let watched = Watched::within(response, &account);
+            Ok(watched.map(Body::new))
         })
     }
 }

@@ -16,21 +16,15 @@ use crate::engine::request::{
     AutoregressiveOptions, CacheChoice, DiffusionOptions, DrafterChoice, GenerateOptions, MethodKind, ModelInfo, PRIORITY_MAX,
     Prompt, SamplingOptions, Schedule, TemplatePiece,
 };
-
-const REQUEST_ID_MAX: usize = 128;
+use crate::telemetry::account;
 
 /// The client's name for the request, or one made up.
 pub fn request_id(asked: Option<&str>) -> Result<String, Status> {
-    let Some(id) = asked else { return Ok(new_request_id()) };
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
-    if id.is_empty() || id.len() > REQUEST_ID_MAX || !id.bytes().all(allowed) {
-        return Err(bad_field("request_id", format!("it is not 1 to {REQUEST_ID_MAX} of A-Z a-z 0-9 . _ : -")));
+    let Some(id) = asked else { return Ok(account::new_id()) };
+    if !account::is_id(id) {
+        return Err(bad_field("request_id", format!("it is not 1 to {} of A-Z a-z 0-9 . _ : -", account::ID_BYTES_MAX)));
     }
     Ok(id.into())
-}
-
-pub fn new_request_id() -> String {
-    format!("{:032x}", rand::random::<u128>())
 }
 
 /// What the request asks of `model`.

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 use tracing::{debug, info};
@@ -17,11 +17,12 @@ use tracing::{debug, info};
 use super::boundary::Call;
 use super::compare::{CompareStream, compare};
 use super::events::Translator;
-use super::proto::{self, CompareRequest, GenerateEvent, GenerateRequest};
+use super::proto::{self, CompareRequest, GenerateEvent, GenerateRequest, compare_event, generate_event};
 use super::registry::Registry;
 use super::{convert, status};
 use crate::engine::request::validate;
 use crate::engine::{Event, Failure};
+use crate::telemetry::Account;
 
 pub struct Generation {
     registry: Arc<Registry>,
@@ -43,8 +44,13 @@ impl proto::generation_server::Generation for Generation {
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<EventStream>, Status> {
         let call = Call::of(&request)?;
         let request = request.into_inner();
-        let id = convert::request_id(request.request_id.as_deref())?;
+        let id = call.name(request.request_id.as_deref())?;
+        if self.registry.log_prompts {
+            let GenerateRequest { prompt, template, suffix, .. } = &request;
+            info!(request = id, ?prompt, ?template, ?suffix, "asked");
+        }
         let model = self.registry.find(&request.model)?;
+        call.account.model(&model.info.name);
         let (info, name, deadline, suffix) = (model.info.clone(), id.clone(), call.deadline, request.suffix.is_some());
         let autoregressive = matches!(request.method, Some(proto::generate_request::Method::Autoregressive(_)));
         let checked = self.registry.off_thread(move || {
@@ -52,27 +58,46 @@ impl proto::generation_server::Generation for Generation {
             validate(&info, options)
                 .map_err(|invalid| status::invalid(invalid, |field| convert::path(field, suffix, autoregressive)))
         });
-        let request = checked.await??;
+        let mut request = checked.await??;
+        request.trace = call.account.trace();
         let translator = Translator::new(model.clone(), &request, call.arrived.elapsed());
         let events = model.engine.submit(request).map_err(|refused| status::refused(&refused))?;
         debug!(request = id, model = model.info.name, "submitted");
-        let reader = Reader::new(events, translator, call.arrived, call.deadline);
+        let reader = Reader::new(events, translator, call.deadline);
+        let account = call.account.clone();
         let stream = stream::unfold(Some(reader), |reader| async {
             let mut reader = reader?;
             let event = reader.next().await;
             let more = matches!(event, Ok((_, true)));
             Some((event.map(|(event, _)| event), more.then_some(reader)))
         });
+        let stream = stream.inspect_ok(move |told| note_cost(&account, told));
         Ok(Response::new(guarded(stream, call, id)))
     }
 
     async fn compare(&self, request: Request<CompareRequest>) -> Result<Response<CompareStream>, Status> {
         let call = Call::of(&request)?;
         let request = request.into_inner();
-        let id = convert::request_id(request.request_id.as_deref())?;
-        let stream = compare(&self.registry, request, id.clone(), call.deadline).await?;
+        let id = call.name(request.request_id.as_deref())?;
+        if self.registry.log_prompts {
+            info!(request = id, prompt = ?request.prompt, "asked");
+        }
+        let stream = compare(&self.registry, request, id.clone(), call.deadline, call.account.trace()).await?;
         debug!(request = id, "comparing");
+        let account = call.account.clone();
+        let stream = stream.inspect_ok(move |told| {
+            if let Some(compare_event::Event::Generation(told)) = &told.event {
+                note_cost(&account, told);
+            }
+        });
         Ok(Response::new(guarded(stream, call, id)))
+    }
+}
+
+/// What a request has cost is told with its end.
+fn note_cost(account: &Account, told: &GenerateEvent) {
+    if let Some(generate_event::Event::Finished(proto::Finished { usage: Some(usage), .. })) = &told.event {
+        account.cost(usage.prompt_tokens, usage.generated_tokens, usage.steps);
     }
 }
 
@@ -95,19 +120,12 @@ fn guarded<T: Send + 'static>(
 pub struct Reader {
     events: mpsc::Receiver<Result<Event, Failure>>,
     translator: Translator,
-    /// For the log.
-    since: Instant,
     deadline: Instant,
 }
 
 impl Reader {
-    pub fn new(
-        events: mpsc::Receiver<Result<Event, Failure>>,
-        translator: Translator,
-        since: Instant,
-        deadline: Instant,
-    ) -> Self {
-        Self { events, translator, since, deadline }
+    pub fn new(events: mpsc::Receiver<Result<Event, Failure>>, translator: Translator, deadline: Instant) -> Self {
+        Self { events, translator, deadline }
     }
 
     /// The next event, and whether more will follow. The deadline is the engine's too; here it covers an engine that is stuck.
@@ -117,13 +135,12 @@ impl Reader {
             Ok(Some(Ok(event))) => {
                 let more = !matches!(event, Event::Finished { .. });
                 if let Event::Finished { usage, .. } = &event {
-                    let milliseconds = self.since.elapsed().as_millis() as u64;
-                    info!(request = id, tokens = usage.generated_tokens, steps = usage.steps, milliseconds, "finished");
+                    debug!(request = id, tokens = usage.generated_tokens, steps = usage.steps, "finished");
                 }
                 Ok((self.translator.translate(event), more))
             }
             Ok(Some(Err(failure))) => {
-                info!(request = id, %failure, "ended");
+                debug!(request = id, %failure, "ended");
                 Err(status::failure(&failure, id))
             }
             Ok(None) => Err(status::fault("the engine let go of a request without a word", Some(id))),

@@ -10,6 +10,7 @@ use super::models::describe;
 use super::proto::{self, CompareRequest};
 use super::registry::Registry;
 use super::{ServeError, ServeOptions, Served, convert, lifecycle};
+use crate::telemetry::Trace;
 
 /// Models at hand.
 pub struct Local(Arc<Registry>);
@@ -36,7 +37,7 @@ impl Local {
     /// As `Generation.Compare`.
     pub async fn compare(&self, request: CompareRequest, deadline: Instant) -> Result<CompareStream, Status> {
         let id = convert::request_id(request.request_id.as_deref())?;
-        compare(&self.0, request, id, deadline).await
+        compare(&self.0, request, id, deadline, Trace::default()).await
     }
 
     /// For the end of a process.

@@ -33,6 +33,7 @@ use tracing::info;
 use crate::engine::Engine;
 use crate::engine::request::ModelInfo;
 use crate::http::listen::{Acceptor, Port, Stage};
+use crate::telemetry::{Calls, Telemetry, metrics, panics};
 use boundary::Boundary;
 use proto::generation_server::GenerationServer;
 use proto::models_server::ModelsServer;
@@ -53,6 +54,14 @@ pub mod proto {
     /// The descriptors of the package, for reflection.
     pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("lacuna");
 }
+
+/// Everything that is served by gRPC.
+const DESCRIPTORS: [&[u8]; 4] = [
+    proto::DESCRIPTORS,
+    tonic_health::pb::FILE_DESCRIPTOR_SET,
+    tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+    tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+];
 
 /// A model and the engine that runs it.
 #[derive(Clone)]
@@ -80,6 +89,10 @@ pub struct ServeOptions {
     pub library: Option<Library>,
     /// Whether the process ends with serving: engines are laid to rest then.
     pub ends_process: bool,
+    /// Where its figures and spans go.
+    pub telemetry: Telemetry,
+    /// Whether prompts may stand in the log.
+    pub log_prompts: bool,
 }
 
 impl Default for ServeOptions {
@@ -93,6 +106,8 @@ impl Default for ServeOptions {
             http_origins: vec![],
             library: None,
             ends_process: false,
+            telemetry: Telemetry::default(),
+            log_prompts: false,
         }
     }
 }
@@ -134,6 +149,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let listeners = listeners.into();
+    panics::watch();
     let registry = Arc::new(Registry::new(models, &options)?);
     let _rest = options.ends_process.then(|| Rest(registry.clone()));
     let health = lifecycle::Health::new().await;
@@ -143,6 +159,10 @@ pub async fn serve(
     let http = crate::http::router(grpc.clone(), health.clone(), &options.http_origins);
     let grpc =
         Router::new().fallback_service(grpc.map_request(|request: http::Request<_>| request.map(tonic::body::Body::new)));
+    let metrics = options.telemetry.metrics.clone();
+    // Outside of everything else: who is turned away is counted too.
+    let rim = Calls::new(options.telemetry.clone(), &DESCRIPTORS);
+    let (grpc, http) = (grpc.layer(rim.clone()), http.merge(metrics::router(metrics.clone())).layer(rim));
     let (stage, stages) = watch::channel(Stage::Open);
     let port = |listener, http2_only| Port {
         listener,
@@ -160,6 +180,13 @@ pub async fn serve(
     }
     let http = listeners.http.map(|listener| port(listener, false).serve(http, stages));
     let ports = async { tokio::join!(grpc, futures::future::OptionFuture::from(http)) };
+    let ports = async {
+        tokio::select! {
+            _ = ports => {}
+            // For ever.
+            () = metrics.upkeep() => {}
+        }
+    };
     let mut ports = std::pin::pin!(ports);
 
     let warm_and_wait = async {

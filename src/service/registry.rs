@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::library::{Library, Need};
 use super::{ServeError, ServeOptions, Served, lifecycle, models, proto, status};
 use crate::engine::Engine;
+use crate::telemetry::Metrics;
 
 /// How often an engine that is to end is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -23,6 +24,9 @@ const END_TIME_MAX: Duration = Duration::from_secs(10);
 pub struct Registry {
     models: RwLock<Vec<Entry>>,
     limits: proto::Limits,
+    /// Whether prompts may stand in the log.
+    pub log_prompts: bool,
+    metrics: Arc<Metrics>,
     /// Tokenising and templating take a core each; more at once would only take the cores from the engine.
     checks: Arc<Semaphore>,
     drain_timeout: Duration,
@@ -83,10 +87,13 @@ impl Registry {
             let (name, bytes) = (served.info.name.clone(), Need::of(&served).bytes());
             Entry { name, bytes, state: State::Ready(served) }
         };
+        models.iter().for_each(|model| options.telemetry.metrics.watch(&model.info, &model.engine));
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             models: RwLock::new(models.into_iter().map(entry).collect()),
             limits: models::limits(options),
+            log_prompts: options.log_prompts,
+            metrics: options.telemetry.metrics.clone(),
             checks: Arc::new(Semaphore::new(cores)),
             drain_timeout: options.drain_timeout,
             library: options.library.clone(),
@@ -227,6 +234,7 @@ impl Registry {
             return Err(status::stopping());
         }
         if let Some(entry) = models.iter_mut().find(|entry| entry.name == served.info.name) {
+            self.metrics.watch(&served.info, &served.engine);
             entry.bytes = Need::of(&served).bytes();
             entry.state = State::Ready(served.clone());
         }

@@ -10,6 +10,7 @@ use tracing::error;
 
 use crate::engine::request::Invalid;
 use crate::engine::{Failure, Refused};
+use crate::telemetry::account;
 
 /// Bytes of the longest message: it travels in a header, and may quote the client.
 const MESSAGE_BYTES_MAX: usize = 1024;
@@ -116,7 +117,7 @@ pub fn deadline_exceeded() -> Status {
 
 /// A fault of ours. What it was stays in the log.
 pub fn fault(what: &str, request: Option<&str>) -> Status {
-    let id = request.map_or_else(super::convert::new_request_id, str::to_owned);
+    let id = request.map_or_else(account::new_id, str::to_owned);
     error!(request = id, what, "a fault in the service");
     internal(&id)
 }

@@ -20,6 +20,7 @@ use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::canvas::{Canvas, Piece};
 use crate::decode::{Penalties, Sampling};
 use crate::draft::DrafterInfo;
+use crate::telemetry::Trace;
 use crate::tensor::Placement;
 
 pub use autoregressive::{AutoregressiveOptions, DrafterChoice};
@@ -225,7 +226,7 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
         return invalid("priority", format!("{} is not from -{PRIORITY_MAX} to {PRIORITY_MAX}", options.priority));
     }
     let GenerateOptions { id, stops, steps, deadline, priority, .. } = options;
-    Ok(Request { id, canvas, method, stops, steps, deadline, priority, fresh: false })
+    Ok(Request { id, canvas, method, stops, steps, deadline, priority, fresh: false, trace: Trace::default() })
 }
 
 /// Whether `model` can do it, and whether only its own settings are given.

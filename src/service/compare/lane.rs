@@ -2,7 +2,7 @@
 //! ends the stream with a status, for it is every lane's.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::stream::{self, Stream};
 use tonic::{Code, Status};
@@ -58,7 +58,7 @@ impl Stage {
                 let translator = Translator::new(model.clone(), &request, preparing);
                 let deadline = run.judge.deadline();
                 match model.engine.submit(request) {
-                    Ok(events) => run.follow(Reader::new(events, translator, Instant::now(), deadline)).await,
+                    Ok(events) => run.follow(Reader::new(events, translator, deadline)).await,
                     Err(refused) => (*run).failed(status::refused(&refused)),
                 }
             }

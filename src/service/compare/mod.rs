@@ -18,6 +18,7 @@ use super::registry::Registry;
 use super::status::{self, bad_field};
 use super::{Served, convert};
 use crate::engine::request::{MethodKind, unsupported, validate};
+use crate::telemetry::Trace;
 use judge::Judge;
 use lane::Lane;
 
@@ -30,12 +31,13 @@ const NAME_BYTES_MAX: usize = 128;
 
 pub type CompareStream = Pin<Box<dyn Stream<Item = Result<CompareEvent, Status>> + Send>>;
 
-/// Checks the request and starts it; `id` is the request's. The stream ends with the first error.
+/// Checks the request and starts it; `id` is the request's, and what it does is told to `trace`. The stream ends with the first error.
 pub async fn compare(
     registry: &Arc<Registry>,
     request: CompareRequest,
     id: String,
     deadline: Instant,
+    trace: Trace,
 ) -> Result<CompareStream, Status> {
     // Lanes are submitted one by one, as their turns come; a server that stops is better told of at once.
     if registry.draining() {
@@ -59,7 +61,9 @@ pub async fn compare(
         let lane = |(at, model)| checked(&request, at, model, &id, seed, deadline, &judge);
         models.into_iter().enumerate().map(lane).collect::<Result<Vec<Lane>, Status>>()
     });
-    let lanes = stream::iter(checked.await??);
+    let mut lanes = checked.await??;
+    lanes.iter_mut().for_each(|lane| lane.request.trace = trace.clone());
+    let lanes = stream::iter(lanes);
     if racing {
         let lanes: Vec<CompareStream> = lanes.map(|lane| Box::pin(lane.events()) as CompareStream).collect().await;
         return Ok(Box::pin(stream::select_all(lanes)));
