@@ -73,12 +73,13 @@ impl Reader {
 }
 
 fn ended(state: &State, reply: &Reply, deadline: Option<Instant>) -> Option<Failure> {
-    if reply.is_closed() {
+    // Whoever reads knows the deadline too, and lets go when it has passed: that is no leaving.
+    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        Some(Failure::DeadlineExceeded)
+    } else if reply.is_closed() {
         Some(Failure::Cancelled)
-    } else if state.stopping.load(Ordering::Acquire) {
-        Some(Failure::Stopping)
     } else {
-        deadline.is_some_and(|deadline| Instant::now() >= deadline).then_some(Failure::DeadlineExceeded)
+        state.stopping.load(Ordering::Acquire).then_some(Failure::Stopping)
     }
 }
 

@@ -162,7 +162,7 @@ pub async fn serve(
     let metrics = options.telemetry.metrics.clone();
     // Outside of everything else: who is turned away is counted too.
     let rim = Calls::new(options.telemetry.clone(), &DESCRIPTORS);
-    let (grpc, http) = (grpc.layer(rim.clone()), http.merge(metrics::router(metrics.clone())).layer(rim));
+    let (grpc, http) = (grpc.layer(rim.clone()), http.route("/metrics", metrics::route(metrics.clone())).layer(rim));
     let (stage, stages) = watch::channel(Stage::Open);
     let port = |listener, http2_only| Port {
         listener,

@@ -7,8 +7,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::Router;
-use axum::routing::get;
+use axum::routing::{MethodRouter, get};
 use http::header;
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusRecorder};
@@ -130,10 +129,10 @@ impl Watched {
     }
 }
 
-/// The scrape, at `/metrics`.
-pub fn router(metrics: Arc<Metrics>) -> Router {
+/// The scrape.
+pub fn route(metrics: Arc<Metrics>) -> MethodRouter {
     let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    Router::new().route("/metrics", get(move || async move { (content_type, metrics.render()) }))
+    get(move || async move { (content_type, metrics.render()) })
 }
 
 /// A server's figures.
