@@ -152,7 +152,7 @@ impl Product {
         }
     }
 
-    /// All `rows` with `P` panels, at most `M` at a time; `open` keeps the sums from block to block. Gives `P`.
+    /// All `rows` with `P` panels, at most `M` at a time (every count up to it is one pass: the weights are what takes long); `open` keeps the sums from block to block. Gives `P`.
     #[inline(always)]
     unsafe fn strip<V: Lanes, F: Format<V>, const P: usize, const M: usize>(
         &self,
@@ -172,9 +172,12 @@ impl Product {
                     let open = open.as_mut_ptr().wrapping_add((row - rows.start) * P);
                     row += match (rows.end - row).min(M) {
                         8.. => self.tile::<V, F, P, 8>(panel, row, &block, open),
-                        6.. => self.tile::<V, F, P, 6>(panel, row, &block, open),
-                        4.. => self.tile::<V, F, P, 4>(panel, row, &block, open),
-                        2.. => self.tile::<V, F, P, 2>(panel, row, &block, open),
+                        7 => self.tile::<V, F, P, 7>(panel, row, &block, open),
+                        6 => self.tile::<V, F, P, 6>(panel, row, &block, open),
+                        5 => self.tile::<V, F, P, 5>(panel, row, &block, open),
+                        4 => self.tile::<V, F, P, 4>(panel, row, &block, open),
+                        3 => self.tile::<V, F, P, 3>(panel, row, &block, open),
+                        2 => self.tile::<V, F, P, 2>(panel, row, &block, open),
                         _ => self.tile::<V, F, P, 1>(panel, row, &block, open),
                     };
                 }
