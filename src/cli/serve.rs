@@ -27,7 +27,7 @@ pub struct Options {
     /// Where to listen; port 0 takes a free one and logs it
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
     pub address: SocketAddr,
-    /// Where to listen for HTTP (the page, health, gRPC-web); port 0 takes a free one and logs it, 'none' turns it off
+    /// Where to listen for HTTP (OpenAI's API, the page, health, gRPC-web); port 0 takes a free one and logs it, 'none' turns it off
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8080")]
     pub http: HttpAddress,
     /// Origin of pages that may call by HTTP beside the server's own, such as https://example.org, or '*'; give one flag for each

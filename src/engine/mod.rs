@@ -67,6 +67,17 @@ pub struct Request {
 }
 
 impl Request {
+    /// The same request under another name, with other randomness.
+    pub fn again(&self, id: String, seed: u64) -> Self {
+        let mut method = self.method.clone();
+        match &mut method {
+            Method::Diffusion(parameters) => parameters.seed = seed,
+            Method::Autoregressive(parameters) => parameters.seed = seed,
+            Method::Scoring(_) => {}
+        }
+        Self { id, method, ..self.clone() }
+    }
+
     /// Tokens that it takes in the engine, canvas and cache.
     pub fn tokens(&self) -> usize {
         let length = self.canvas.sequence().len();

@@ -1,27 +1,32 @@
-//! HTTP beside gRPC, on a port of its own: health, the page at `/`, and the same gRPC services for browsers (gRPC-web).
+//! HTTP beside gRPC, on a port of its own: the API of [`api`] under `/v1`, health, the page at `/`, and the same gRPC services for
+//! browsers (gRPC-web).
 //!
 //! [`listen`] accepts connections, for the gRPC port too. It knows nothing of tensors, and nothing of decoding but what the service
 //! tells.
 
+pub(crate) mod api;
 pub mod listen;
 mod page;
 
 use std::convert::Infallible;
+use std::sync::Arc;
 
-use axum::Json;
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Json, Router};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde_json::json;
 use tonic_web::GrpcWebLayer;
 use tower::{Layer, Service, ServiceExt};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
-use crate::service::{Health, proto};
+use crate::service::boundary::Boundary;
+use crate::service::lifecycle::Health;
+use crate::service::registry::Registry;
+use crate::service::{ServeOptions, proto};
 
 /// What browsers may see of a gRPC-web answer beside its body.
 const EXPOSED: [HeaderName; 5] = [
@@ -32,23 +37,36 @@ const EXPOSED: [HeaderName; 5] = [
     header::RETRY_AFTER,
 ];
 
-/// Everything that the HTTP port serves. `grpc` are the services that the gRPC port serves; `origins` are the foreign ones whose
-/// pages may call.
-pub fn router<S>(grpc: S, health: Health, origins: &[HeaderValue]) -> Router
-where
-    S: Service<Request<tonic::body::Body>, Response = Response<tonic::body::Body>, Error = Infallible>,
-    S: Clone + Send + Sync + 'static,
-    S::Future: Send,
-{
-    // Whoever speaks gRPC is told in gRPC, whatever the path.
-    let grpc = Router::new().fallback_service(GrpcWebLayer::new().layer(grpc));
-    let router = Router::new()
-        .route("/health", get(self::health))
-        .with_state(health)
-        .route("/lacuna.v1.descriptors", get(descriptors))
-        .merge(page::router())
-        .layer(middleware::from_fn_with_state(grpc, by_content_type));
-    if origins.is_empty() { router } else { router.layer(cors(origins)) }
+/// What the HTTP port serves, beside the gRPC services.
+pub(crate) struct Context {
+    pub registry: Arc<Registry>,
+    pub boundary: Boundary,
+    pub health: Health,
+    pub options: ServeOptions,
+}
+
+impl Context {
+    /// Everything on the port. `grpc` are the services that the gRPC port serves.
+    pub fn router<S>(self, grpc: S) -> Router
+    where
+        S: Service<Request<tonic::body::Body>, Response = Response<tonic::body::Body>, Error = Infallible>,
+        S: Clone + Send + Sync + 'static,
+        S::Future: Send,
+    {
+        let Self { registry, boundary, health, options } = self;
+        // Whoever speaks gRPC is told in gRPC, whatever the path.
+        let grpc = Router::new().fallback_service(GrpcWebLayer::new().layer(grpc));
+        let router = Router::new()
+            .nest("/v1", api::router(registry, boundary, options.message_bytes_max))
+            .route("/health", get(self::health).with_state(health))
+            .route("/lacuna.v1.descriptors", get(descriptors))
+            .merge(page::router())
+            .fallback(async || api::Error::not_found())
+            .method_not_allowed_fallback(async || api::Error::method_not_allowed())
+            .layer(middleware::from_fn_with_state(grpc, by_content_type));
+        let origins = &options.http_origins;
+        if origins.is_empty() { router } else { router.layer(cors(origins)) }
+    }
 }
 
 /// gRPC and gRPC-web to the gRPC services, everything else to its route.

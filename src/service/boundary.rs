@@ -79,6 +79,12 @@ impl Boundary {
         Self { time_max, running: Arc::new(watch::channel(0).0) }
     }
 
+    /// A call that begins now, and may take no longer than `asked`.
+    pub fn begin(&self, account: Account, asked: Duration) -> Call {
+        let arrived = Instant::now();
+        Call { arrived, account, deadline: arrived + asked.min(self.time_max), _running: Running::new(&self.running) }
+    }
+
     /// How many calls run.
     pub fn calls(&self) -> watch::Receiver<usize> {
         self.running.subscribe()
@@ -114,7 +120,6 @@ where
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let arrived = Instant::now();
         let asked = match request.headers().get("grpc-timeout").map(|value| timeout(value.as_bytes())) {
             Some(None) => {
                 let status = status::bad_field("grpc-timeout", "it is not 1 to 8 digits and a unit of H, M, S, m, u or n");
@@ -123,14 +128,13 @@ where
             Some(Some(timeout)) => timeout.saturating_sub(MARGIN),
             None => Duration::MAX,
         };
-        let deadline = arrived + asked.min(self.boundary.time_max);
         let account = Account::of(request.extensions());
-        let call = Call { arrived, account: account.clone(), deadline, _running: Running::new(&self.boundary.running) };
+        let call = self.boundary.begin(account.clone(), asked);
         request.extensions_mut().insert(call.clone());
         let handled = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
         Box::pin(async move {
             // Also covers a client that never sends the rest of its message.
-            let handled = tokio::time::timeout_at(deadline.into(), handled).await;
+            let handled = tokio::time::timeout_at(call.deadline.into(), handled).await;
             drop(call);
             let response = match handled {
                 Ok(Ok(Ok(response))) => blame(response),

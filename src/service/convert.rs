@@ -103,7 +103,7 @@ pub fn warm_up(drafter: Option<DrafterKind>, deadline: Instant) -> GenerateOptio
 pub fn path(field: &'static str, suffix: bool, autoregressive: bool) -> String {
     match field {
         "template" if suffix => "suffix".into(),
-        "prompt" | "text" | "chat" | "token_ids" | "template" | "diffusion" | "autoregressive" => field.into(),
+        "prompt" | "text" | "chat" | "token_ids" | "template" | "diffusion" | "autoregressive" | "priority" => field.into(),
         "max_new_tokens" | "stop" => format!("stopping.{field}"),
         "temperature" | "top_p" | "top_k" | "min_p" | "logit_bias" | "seed" | "logprobs" | "repetition_penalty"
         | "presence_penalty" | "frequency_penalty" => format!("sampling.{field}"),

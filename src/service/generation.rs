@@ -1,5 +1,5 @@
 //! The Generation service: checks a request off the network's threads, hands it to the engine, and reads its events as the client
-//! takes them.
+//! takes them, by gRPC or by whatever else speaks in its messages.
 //!
 //! The stream is pulled, not pushed: a client that does not read holds back its own sequence, and dropping the stream drops the
 //! engine's receiver, which cancels the sequence. Nothing in between buffers without bound.
@@ -19,9 +19,9 @@ use super::compare::{CompareStream, compare};
 use super::events::Translator;
 use super::proto::{self, CompareRequest, GenerateEvent, GenerateRequest, compare_event, generate_event};
 use super::registry::Registry;
-use super::{convert, status};
+use super::{Served, convert, status};
 use crate::engine::request::validate;
-use crate::engine::{Event, Failure};
+use crate::engine::{self, Event, Failure};
 use crate::telemetry::Account;
 
 pub struct Generation {
@@ -34,7 +34,7 @@ impl Generation {
     }
 }
 
-type EventStream = Pin<Box<dyn Stream<Item = Result<GenerateEvent, Status>> + Send>>;
+pub type EventStream = Pin<Box<dyn Stream<Item = Result<GenerateEvent, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl proto::generation_server::Generation for Generation {
@@ -45,34 +45,8 @@ impl proto::generation_server::Generation for Generation {
         let call = Call::of(&request)?;
         let request = request.into_inner();
         let id = call.name(request.request_id.as_deref())?;
-        if self.registry.log_prompts {
-            let GenerateRequest { prompt, template, suffix, .. } = &request;
-            info!(request = id, ?prompt, ?template, ?suffix, "asked");
-        }
-        let model = self.registry.find(&request.model)?;
-        call.account.model(&model.info.name);
-        let (info, name, deadline, suffix) = (model.info.clone(), id.clone(), call.deadline, request.suffix.is_some());
-        let autoregressive = matches!(request.method, Some(proto::generate_request::Method::Autoregressive(_)));
-        let checked = self.registry.off_thread(move || {
-            let options = convert::options(&info, request, name, deadline)?;
-            validate(&info, options)
-                .map_err(|invalid| status::invalid(invalid, |field| convert::path(field, suffix, autoregressive)))
-        });
-        let mut request = checked.await??;
-        request.trace = call.account.trace();
-        let translator = Translator::new(model.clone(), &request, call.arrived.elapsed());
-        let events = model.engine.submit(request).map_err(|refused| status::refused(&refused))?;
-        debug!(request = id, model = model.info.name, "submitted");
-        let reader = Reader::new(events, translator, call.deadline);
-        let account = call.account.clone();
-        let stream = stream::unfold(Some(reader), |reader| async {
-            let mut reader = reader?;
-            let event = reader.next().await;
-            let more = matches!(event, Ok((_, true)));
-            Some((event.map(|(event, _)| event), more.then_some(reader)))
-        });
-        let stream = stream.inspect_ok(move |told| note_cost(&account, told));
-        Ok(Response::new(guarded(stream, call, id)))
+        let checked = Checked::new(&self.registry, request, id, &call).await?;
+        Ok(Response::new(checked.submit(call)?))
     }
 
     async fn compare(&self, request: Request<CompareRequest>) -> Result<Response<CompareStream>, Status> {
@@ -91,6 +65,52 @@ impl proto::generation_server::Generation for Generation {
             }
         });
         Ok(Response::new(guarded(stream, call, id)))
+    }
+}
+
+/// A request that its model can run.
+pub struct Checked {
+    pub model: Served,
+    pub request: engine::Request,
+}
+
+impl Checked {
+    pub async fn new(registry: &Registry, request: GenerateRequest, id: String, call: &Call) -> Result<Self, Status> {
+        if registry.log_prompts {
+            let GenerateRequest { prompt, template, suffix, .. } = &request;
+            info!(request = id, ?prompt, ?template, ?suffix, "asked");
+        }
+        let model = registry.find(&request.model)?;
+        call.account.model(&model.info.name);
+        let (info, deadline, suffix) = (model.info.clone(), call.deadline, request.suffix.is_some());
+        let autoregressive = matches!(request.method, Some(proto::generate_request::Method::Autoregressive(_)));
+        let checked = registry.off_thread(move || {
+            let options = convert::options(&info, request, id, deadline)?;
+            validate(&info, options)
+                .map_err(|invalid| status::invalid(invalid, |field| convert::path(field, suffix, autoregressive)))
+        });
+        let mut request = checked.await??;
+        request.trace = call.account.trace();
+        Ok(Self { model, request })
+    }
+
+    /// Hands it to the engine. The events are those of the API, and end with the first error.
+    pub fn submit(self, call: Call) -> Result<EventStream, Status> {
+        let Self { model, request } = self;
+        let id = request.id.clone();
+        let translator = Translator::new(model.clone(), &request, call.arrived.elapsed());
+        let events = model.engine.submit(request).map_err(|refused| status::refused(&refused))?;
+        debug!(request = id, model = model.info.name, "submitted");
+        let reader = Reader::new(events, translator, call.deadline);
+        let stream = stream::unfold(Some(reader), |reader| async {
+            let mut reader = reader?;
+            let event = reader.next().await;
+            let more = matches!(event, Ok((_, true)));
+            Some((event.map(|(event, _)| event), more.then_some(reader)))
+        });
+        let account = call.account.clone();
+        let stream = stream.inspect_ok(move |told| note_cost(&account, told));
+        Ok(guarded(stream, call, id))
     }
 }
 

@@ -6,15 +6,15 @@
 
 pub(crate) mod boundary;
 mod compare;
-mod convert;
+pub(crate) mod convert;
 mod events;
-mod generation;
+pub(crate) mod generation;
 mod library;
-mod lifecycle;
+pub(crate) mod lifecycle;
 mod local;
-mod models;
-mod registry;
-mod status;
+pub(crate) mod models;
+pub(crate) mod registry;
+pub(crate) mod status;
 mod tokenization;
 
 use std::future::Future;
@@ -35,6 +35,7 @@ use crate::engine::request::ModelInfo;
 use crate::http::listen::{Acceptor, Port, Stage};
 use crate::telemetry::{Calls, Telemetry, metrics, panics};
 use boundary::Boundary;
+use lifecycle::Health;
 use proto::generation_server::GenerationServer;
 use proto::models_server::ModelsServer;
 use proto::tokenization_server::TokenizationServer;
@@ -42,7 +43,6 @@ use registry::Registry;
 
 pub use convert::{autoregressive_message, diffusion_message, sampling_message};
 pub use library::{Library, Loader, Need};
-pub(crate) use lifecycle::Health;
 pub use lifecycle::shutdown_signal;
 pub use local::Local;
 
@@ -152,11 +152,12 @@ pub async fn serve(
     panics::watch();
     let registry = Arc::new(Registry::new(models, &options)?);
     let _rest = options.ends_process.then(|| Rest(registry.clone()));
-    let health = lifecycle::Health::new().await;
+    let health = Health::new().await;
     let boundary = Boundary::new(options.request_time_max);
     let calls = boundary.calls();
     let grpc = boundary.layer(grpc_services(&registry, &health, &options)?);
-    let http = crate::http::router(grpc.clone(), health.clone(), &options.http_origins);
+    let http = crate::http::Context { registry: registry.clone(), boundary, health: health.clone(), options: options.clone() };
+    let http = http.router(grpc.clone());
     let grpc =
         Router::new().fallback_service(grpc.map_request(|request: http::Request<_>| request.map(tonic::body::Body::new)));
     let metrics = options.telemetry.metrics.clone();

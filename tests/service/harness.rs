@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use lacuna::checkpoint::Checkpoint;
 use lacuna::engine::request::ModelInfo;
 use lacuna::engine::{Engine, Limits};
+use lacuna::http::listen::Acceptor;
 use lacuna::service::proto::generate_event::Event;
 use lacuna::service::proto::generate_request::{Method, Prompt};
 use lacuna::service::proto::generation_client::GenerationClient;
 use lacuna::service::proto::{
     Committed, Diffusion, EditStatus, Finished, GenerateEvent, GenerateRequest, Started, Step, Stopping,
 };
-use lacuna::service::{ServeError, ServeOptions, Served, serve};
+use lacuna::service::{Listeners, ServeError, ServeOptions, Served, serve};
 use lacuna::tensor::Placement;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -33,6 +34,9 @@ pub const PROMPT: &str = "Write a function that adds two numbers.\n";
 
 pub struct TestServer {
     pub address: SocketAddr,
+    /// Where it speaks HTTP.
+    #[allow(dead_code, reason = "for the tests of HTTP")]
+    pub http: SocketAddr,
     /// The first model's.
     pub engine: Engine,
     pub shutdown: Option<oneshot::Sender<()>>,
@@ -69,14 +73,16 @@ pub async fn serve_engine(info: Arc<ModelInfo>, engine: Engine, options: ServeOp
 }
 
 pub async fn serve_models(models: Vec<Served>, options: ServeOptions) -> TestServer {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let address = listener.local_addr().expect("an address");
+    let listeners = [TcpListener::bind("127.0.0.1:0").await, TcpListener::bind("127.0.0.1:0").await];
+    let [grpc, http] = listeners.map(|listener| listener.expect("a free port"));
+    let [address, http_address] = [&grpc, &http].map(|listener| listener.local_addr().expect("an address"));
+    let listeners = Listeners { grpc, http: Some(http), acceptor: Acceptor::Plain };
     let (shutdown, signal) = oneshot::channel();
     let engine = models[0].engine.clone();
-    let task = tokio::spawn(serve(listener, models, options, async {
+    let task = tokio::spawn(serve(listeners, models, options, async {
         let _ = signal.await;
     }));
-    TestServer { address, engine, shutdown: Some(shutdown), task }
+    TestServer { address, http: http_address, engine, shutdown: Some(shutdown), task }
 }
 
 impl TestServer {
