@@ -62,7 +62,7 @@ fn broken(file: &str, bytes: &[u8]) -> tempfile::TempDir {
 #[test]
 fn help_lists_the_commands() {
     let help = well(&["--help"]);
-    for name in ["serve", "generate", "compare", "inspect", "import", "train", "eval", "bench", "sweep", "report"] {
+    for name in ["serve", "generate", "compare", "inspect", "import", "train", "eval", "bench", "sweep", "report", "token"] {
         assert!(help.contains(&format!("\n  {name} ")), "{name}: {help}");
         assert!(well(&[name, "--help"]).contains("Usage: lacuna "), "{name}");
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::connection::ConnectionFlags;
 use super::display::{Page, Picture, Screen, frame};
 use super::load::ModelOptions;
 use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, Template, methods, piece, template};
@@ -32,9 +33,11 @@ pub struct Options {
     prompt: Option<String>,
     #[command(flatten)]
     model: ModelOptions,
-    /// Let the server there do it, with the model that it serves
+    /// Let the server there do it, with the model that it serves; https://HOST:PORT for TLS
     #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "device", "dtype", "threads", "context"])]
     server: Option<String>,
+    #[command(flatten)]
+    connection: ConnectionFlags,
     /// Send the prompt as a user's message through the model's chat template
     #[arg(long)]
     chat: bool,
@@ -109,7 +112,7 @@ impl Options {
         if self.suffix.is_some() && self.max_new_tokens.is_none() {
             bail!("with --server, --suffix needs --max-new-tokens: the model's default length is not known here");
         }
-        let remote = Remote::start(server, &self.request(0, prompt, show))?;
+        let remote = Remote::start(server, &self.connection, &self.request(0, prompt, show))?;
         let (texts, seed) = (remote.texts(), remote.seed());
         let text_of = |id: u32| texts.borrow().get(&id).cloned().unwrap_or_default();
         let outcome = self.watch(remote, prompt, show, &text_of)?;

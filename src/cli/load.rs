@@ -13,7 +13,7 @@ use crate::engine::memory;
 use crate::engine::request::{ModelInfo, check_defaults};
 use crate::engine::{Engine, Limits};
 use crate::model::{Transformer, manifest};
-use crate::service::Served;
+use crate::service::{Loader, Need, Served};
 use crate::tensor::{self, Device, Dtype, Placement};
 
 /// Bytes of weights from which loading takes long enough to show its progress; a disc reads so many in about half a second.
@@ -59,13 +59,17 @@ impl ModelOptions {
 pub type Loaded = (ModelInfo, Transformer, Drafters);
 
 impl RunOptions {
-    fn load(&self, checkpoint: Checkpoint) -> Result<Loaded> {
-        tensor::set_threads(self.threads);
-        let device = tensor::device(&self.device).map_err(anyhow::Error::msg)?;
+    /// Where a model runs, and in which type.
+    pub fn placement(&self, checkpoint: &Checkpoint) -> Result<Placement, String> {
+        let device = tensor::device(&self.device)?;
         // A CPU computes in f32 wherever it lacks bf16 units, and small models lose nothing by it; a GPU has those units.
         let stored = checkpoint.config.dtype.unwrap_or(Dtype::Bf16);
-        let dtype = self.dtype.unwrap_or(if device == Device::Cpu { Dtype::F32 } else { stored });
-        let placement = Placement { device, dtype };
+        Ok(Placement { device, dtype: self.dtype.unwrap_or(if device == Device::Cpu { Dtype::F32 } else { stored }) })
+    }
+
+    fn load(&self, checkpoint: Checkpoint) -> Result<Loaded> {
+        tensor::set_threads(self.threads);
+        let placement = self.placement(&checkpoint).map_err(anyhow::Error::msg)?;
         let bar = progress("loading", manifest(&checkpoint.config).len(), checkpoint.files.bytes());
         let network = checkpoint.load(placement, self.context as usize, &mut |_| bar.inc(1))?;
         bar.finish_and_clear();
@@ -100,17 +104,61 @@ pub fn load_all(models: &[PathBuf], run: &RunOptions) -> Result<Vec<Loaded>> {
     each.collect()
 }
 
-/// Starts an engine for each. The memory that is free now, with all weights in it, is shared out in equal parts.
-pub fn start_all(models: Vec<Loaded>, limits: Limits) -> Result<Vec<Served>> {
+/// Starts an engine for each. The memory that is free now, with all weights in it, is shared out in equal parts; where more models
+/// may come, none takes more than [`most`].
+pub fn start_all(models: Vec<Loaded>, limits: Limits, more: bool) -> Result<Vec<Served>> {
     let sharers = models.len();
-    let room = |network: &Transformer| memory::room(network.config(), network.placement(), network.context(), sharers);
-    let rooms: Vec<usize> = models.iter().map(|(_, network, _)| room(network)).collect();
-    let start = |((info, network, drafters), room): (Loaded, usize)| {
-        let limits = Limits { tokens: limits.tokens.or(Some(room)), ..limits };
-        let engine = Engine::start(network, drafters, info.tokenizer.clone(), limits);
-        Ok(Served { engine: engine.context("cannot start an engine's thread")?, info: Arc::new(info) })
+    let room = |network: &Transformer| {
+        let room = memory::room(network.config(), network.placement(), network.context(), sharers);
+        if more { room.min(most(&limits, network.context())) } else { room }
     };
+    let rooms: Vec<usize> = models.iter().map(|(_, network, _)| room(network)).collect();
+    let start = |(loaded, room): (Loaded, usize)| start(loaded, Limits { tokens: limits.tokens.or(Some(room)), ..limits });
     models.into_iter().zip(rooms).map(start).collect()
+}
+
+fn start((info, network, drafters): Loaded, limits: Limits) -> Result<Served> {
+    let engine = Engine::start(network, drafters, info.tokenizer.clone(), limits);
+    Ok(Served { engine: engine.context("cannot start an engine's thread")?, info: Arc::new(info) })
+}
+
+/// Tokens that requests of the usual kind could have in an engine at most.
+fn most(limits: &Limits, context: usize) -> usize {
+    limits.resident.saturating_mul(context)
+}
+
+/// How models are loaded while a server runs.
+pub struct ByRequest {
+    pub run: RunOptions,
+    pub limits: Limits,
+}
+
+impl Loader for ByRequest {
+    fn measure(&self, path: &Path) -> Result<Need, String> {
+        let checkpoint = Checkpoint::open(path).map_err(|error| error.to_string())?;
+        let placement = self.run.placement(&checkpoint)?;
+        let config = &checkpoint.config;
+        let context = config.max_positions.min(self.run.context as usize);
+        Ok(Need {
+            weights: (config.parameters() * placement.dtype.size()) as u64 + drafter_bytes(&checkpoint.path),
+            token: memory::bytes_per_token(config, placement) as u64,
+            tokens_min: context.min(self.limits.tokens.unwrap_or(context)),
+            tokens: self.limits.tokens.unwrap_or_else(|| most(&self.limits, context)),
+            free: memory::free(placement.device),
+        })
+    }
+
+    fn load(&self, path: &Path, tokens: usize) -> Result<Served, String> {
+        let loaded = open(path).and_then(|checkpoint| RunOptions { drafters: None, ..self.run.clone() }.load(checkpoint));
+        let limits = Limits { tokens: Some(tokens), ..self.limits };
+        loaded.and_then(|loaded| start(loaded, limits)).map_err(|error| format!("{error:#}"))
+    }
+}
+
+/// Bytes that the draft heads in a model's folder take at most: what is stored has 16 bits at least, what runs 32 at most.
+fn drafter_bytes(model: &Path) -> u64 {
+    let size = |kind: &str| model.join("drafters").join(kind).join("model.safetensors").metadata().map_or(0, |file| file.len());
+    2 * (size("redrafter") + size("medusa"))
 }
 
 /// Opens a model folder or GGUF file. One that is not there at all gets a word on where it might come from.

@@ -5,6 +5,7 @@
 
 mod bench;
 mod compare;
+mod connection;
 mod display;
 mod eval;
 mod generate;
@@ -17,12 +18,14 @@ mod remote;
 mod report;
 mod serve;
 mod sweep;
+mod token;
 mod train;
 
+use std::ffi::OsString;
 use std::io::ErrorKind;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use crate::engine::request::Invalid;
@@ -40,8 +43,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve models over gRPC
-    Serve(serve::Options),
+    /// Serve models over gRPC and HTTP
+    Serve(Box<serve::Options>),
+    /// Make a token for a server's clients
+    Token(token::Options),
     /// Fill a canvas and print its text
     Generate(Box<generate::Options>),
     /// Generate from one prompt in several ways, side by side
@@ -68,14 +73,18 @@ enum LogFormat {
     Json,
 }
 
-/// Parses the command line and runs it. A command line that does not parse ends the process here, with exit code 2.
+/// Parses the command line, and what `serve` finds in its file and the environment, and runs it. A command line that does not parse ends the process here, with exit code 2.
 pub fn run() -> Result<()> {
-    let Arguments { command, log_format } = Arguments::parse();
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let parsed = serve::config::parse(Arguments::command(), &arguments, |name| std::env::var_os(name));
+    let (matches, in_force) = parsed.unwrap_or_else(|error| error.exit())?;
+    let Arguments { command, log_format } = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // A server's log tells its story; a command that prints a text should print nothing else unless something is wrong.
     let level = if matches!(command, Command::Serve(_)) { "info" } else { "warn" };
     start_log(log_format, level);
     match command {
-        Command::Serve(options) => serve::run(options),
+        Command::Serve(options) => serve::run(*options, &in_force),
+        Command::Token(options) => token::run(&options),
         Command::Generate(options) => generate::run(*options),
         Command::Compare(options) => compare::run(*options),
         Command::Inspect(options) => inspect::run(options),
@@ -109,7 +118,7 @@ pub fn message(error: &anyhow::Error) -> String {
 
 /// Whether the request itself is at fault, as a wrong flag would be.
 pub fn is_usage(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Invalid>().is_some() || error.downcast_ref::<compare::Unusable>().is_some()
+    error.is::<Invalid>() || error.is::<compare::Unusable>() || error.is::<serve::config::Problems>()
 }
 
 /// Whether the reader of our output has gone.

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::runtime::Runtime;
-use tonic::transport::{Channel, Endpoint};
 
+use super::connection::ConnectionFlags;
 use crate::checkpoint::chat::Message;
 use crate::decode::autoregressive::Speculation;
 use crate::decode::{Edit, FinishReason, Status, Step};
@@ -18,8 +18,6 @@ use crate::service::proto::generation_client::GenerationClient;
 use crate::service::proto::models_client::ModelsClient;
 use crate::service::proto::{self, generate_event, generate_request, template_piece};
 use crate::service::{autoregressive_message, diffusion_message, sampling_message};
-
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Tokens' texts as the server tells them.
 pub type Texts = Rc<RefCell<HashMap<u32, String>>>;
@@ -40,11 +38,11 @@ pub struct Wire {
 }
 
 impl Remote {
-    /// Starts a generation on the server at `address` (`HOST:PORT`).
-    pub fn start(address: &str, options: &GenerateOptions) -> Result<Self> {
+    /// Starts a generation on the server at `address`.
+    pub fn start(address: &str, flags: &ConnectionFlags, options: &GenerateOptions) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
         let (stream, ends) = runtime.block_on(async {
-            let channel = connect(address).await?;
+            let channel = flags.connect(address).await?;
             let model = ModelsClient::new(channel.clone()).get(proto::GetModelRequest::default()).await.map_err(failed)?;
             let ends = model.into_inner().model.unwrap_or_default().end_token_ids;
             let response = GenerationClient::new(channel).generate(request(options)).await.map_err(failed)?;
@@ -135,17 +133,11 @@ impl Iterator for Remote {
     }
 }
 
-/// A connection to the server at `address` (`HOST:PORT`).
-pub async fn connect(address: &str) -> Result<Channel> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .with_context(|| format!("'{address}' is no address: use HOST:PORT"))?
-        .connect_timeout(CONNECT_TIMEOUT);
-    let channel = endpoint.connect().await;
-    channel.with_context(|| format!("no server answers on {address}: start one with 'make serve'"))
-}
-
 pub fn failed(status: tonic::Status) -> anyhow::Error {
-    anyhow!("the server refused or failed: {} ({:?})", status.message(), status.code())
+    // Of a connection that broke, only the last cause says how.
+    let causes = std::iter::successors(std::error::Error::source(&status), |cause| cause.source());
+    let cause = causes.last().map(|cause| format!(": {cause}")).unwrap_or_default();
+    anyhow!("the server refused or failed: {}{cause} ({:?})", status.message(), status.code())
 }
 
 /// Why a text ended, if the message says so.

@@ -59,6 +59,11 @@ impl Canvas {
         self.cells.is_empty()
     }
 
+    /// Cells that are masked.
+    pub fn holes(&self) -> usize {
+        self.cells.iter().filter(|cell| **cell == Cell::Masked).count()
+    }
+
     pub fn prompt_len(&self) -> usize {
         self.prompt
     }

@@ -313,7 +313,7 @@ impl State {
 pub struct Readings(Weak<State>);
 
 impl Readings {
-    /// `None` once the engine is gone.
+    /// `None` once the engine is gone: all handles are, and its thread has ended and freed the model.
     pub fn take(&self) -> Option<(Load, Drafted)> {
         let state = self.0.upgrade()?;
         let drafted = state.book().drafted.clone();
@@ -428,11 +428,6 @@ impl Engine {
         self.state.stopping.store(true, Ordering::Release);
     }
 
-    /// Tells when all handles are gone and the thread has ended, which frees the model.
-    pub fn end(&self) -> End {
-        End(Arc::downgrade(&self.state))
-    }
-
     /// For the end of a process: stops, waits for the step that runs (a few seconds at most), and leaves the thread asleep with the
     /// model. Freeing tensors while the process ends would race with libtorch's own clean-up.
     pub fn rest(self) {
@@ -442,16 +437,6 @@ impl Engine {
             std::thread::sleep(IDLE);
         }
         std::mem::forget(self);
-    }
-}
-
-/// An engine's end.
-pub struct End(Weak<State>);
-
-impl End {
-    /// Whether it has come. The thread lets go of this last.
-    pub fn come(&self) -> bool {
-        self.0.strong_count() == 0
     }
 }
 

@@ -20,23 +20,24 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Sleep;
-use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
+use crate::service::tls::Tls;
+
 /// A browser's or proxy's worth of headers; ours are a few hundred bytes.
-const HEADER_BYTES_MAX: u32 = 16 << 10;
+pub const HEADER_BYTES_MAX: u32 = 16 << 10;
 /// What HTTP/1.1 reads before it has the whole header, which this bounds too.
 const BUFFER_BYTES_MAX: usize = 64 << 10;
 /// A header in HTTP/1.1, from its first byte or from the end of the answer before it: idle connections end with it.
-const HEADER_TIME_MAX: Duration = Duration::from_secs(30);
+pub const HEADER_TIME_MAX: Duration = Duration::from_secs(30);
 /// A TLS handshake, and thereafter the bytes that tell HTTP/1.1 from HTTP/2.
-const OPENING_TIME_MAX: Duration = Duration::from_secs(10);
+pub const OPENING_TIME_MAX: Duration = Duration::from_secs(10);
 /// How often a quiet HTTP/2 connection is asked for a sign of life, and how long it may take to give one.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Streams that a client may reset before they are accepted, per connection: a bound on the rapid-reset attack.
-const PENDING_RESETS_MAX: usize = 32;
+pub const PENDING_RESETS_MAX: usize = 32;
 /// How long to leave a listener alone that has no file descriptor for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What every HTTP/2 connection begins with.
@@ -47,7 +48,7 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub enum Acceptor {
     #[default]
     Plain,
-    Tls(TlsAcceptor),
+    Tls(Tls),
 }
 
 /// Anything that bytes come through.
@@ -58,7 +59,7 @@ impl Acceptor {
     async fn accept(&self, stream: TcpStream) -> io::Result<Box<dyn Transport>> {
         Ok(match self {
             Self::Plain => Box::new(stream),
-            Self::Tls(acceptor) => Box::new(acceptor.accept(stream).await?),
+            Self::Tls(tls) => Box::new(tls.acceptor().accept(stream).await?),
         })
     }
 }

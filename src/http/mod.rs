@@ -23,6 +23,7 @@ use tonic_web::GrpcWebLayer;
 use tower::{Layer, Service, ServiceExt};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
+use crate::service::access::{Door, admit};
 use crate::service::boundary::Boundary;
 use crate::service::lifecycle::Health;
 use crate::service::registry::Registry;
@@ -54,6 +55,7 @@ impl Context {
         S::Future: Send,
     {
         let Self { registry, boundary, health, options } = self;
+        let door = Door { tokens: options.tokens.clone(), grpc: false };
         // Whoever speaks gRPC is told in gRPC, whatever the path.
         let grpc = Router::new().fallback_service(GrpcWebLayer::new().layer(grpc));
         let router = Router::new()
@@ -63,7 +65,8 @@ impl Context {
             .merge(page::router())
             .fallback(async || api::Error::not_found())
             .method_not_allowed_fallback(async || api::Error::method_not_allowed())
-            .layer(middleware::from_fn_with_state(grpc, by_content_type));
+            .layer(middleware::from_fn_with_state(grpc, by_content_type))
+            .layer(middleware::from_fn_with_state(door, admit));
         let origins = &options.http_origins;
         if origins.is_empty() { router } else { router.layer(cors(origins)) }
     }

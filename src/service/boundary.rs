@@ -13,12 +13,13 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
-use http::{Request, Response};
+use http::{Extensions, Request, Response};
 use tokio::sync::watch;
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
+use super::access::Access;
 use super::{convert, status};
 use crate::telemetry::{Account, Watched};
 
@@ -33,6 +34,8 @@ pub struct Call {
     pub account: Account,
     /// The client's deadline, or the server's own bound where that is earlier.
     pub deadline: Instant,
+    /// What the client may do.
+    pub access: Access,
     _running: Arc<Running>,
 }
 
@@ -80,9 +83,15 @@ impl Boundary {
     }
 
     /// A call that begins now, and may take no longer than `asked`.
-    pub fn begin(&self, account: Account, asked: Duration) -> Call {
+    pub fn begin(&self, extensions: &Extensions, asked: Duration) -> Call {
         let arrived = Instant::now();
-        Call { arrived, account, deadline: arrived + asked.min(self.time_max), _running: Running::new(&self.running) }
+        Call {
+            arrived,
+            account: Account::of(extensions),
+            deadline: arrived + asked.min(self.time_max),
+            access: Access::of(extensions),
+            _running: Running::new(&self.running),
+        }
     }
 
     /// How many calls run.
@@ -128,8 +137,8 @@ where
             Some(Some(timeout)) => timeout.saturating_sub(MARGIN),
             None => Duration::MAX,
         };
-        let account = Account::of(request.extensions());
-        let call = self.boundary.begin(account.clone(), asked);
+        let call = self.boundary.begin(request.extensions(), asked);
+        let account = call.account.clone();
         request.extensions_mut().insert(call.clone());
         let handled = AssertUnwindSafe(self.inner.call(request)).catch_unwind();
         Box::pin(async move {

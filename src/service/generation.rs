@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 use tracing::{debug, info};
 
+use super::access::Access;
 use super::boundary::Call;
 use super::compare::{CompareStream, compare};
 use super::events::Translator;
@@ -56,7 +57,7 @@ impl proto::generation_server::Generation for Generation {
         if self.registry.log_prompts {
             info!(request = id, prompt = ?request.prompt, "asked");
         }
-        let stream = compare(&self.registry, request, id.clone(), call.deadline, call.account.trace()).await?;
+        let stream = compare(&self.registry, request, id.clone(), call.deadline, call.account.trace(), &call.access).await?;
         debug!(request = id, "comparing");
         let account = call.account.clone();
         let stream = stream.inspect_ok(move |told| {
@@ -75,13 +76,15 @@ pub struct Checked {
 }
 
 impl Checked {
-    pub async fn new(registry: &Registry, request: GenerateRequest, id: String, call: &Call) -> Result<Self, Status> {
+    pub async fn new(registry: &Registry, mut request: GenerateRequest, id: String, call: &Call) -> Result<Self, Status> {
         if registry.log_prompts {
             let GenerateRequest { prompt, template, suffix, .. } = &request;
             info!(request = id, ?prompt, ?template, ?suffix, "asked");
         }
         let model = registry.find(&request.model)?;
         call.account.model(&model.info.name);
+        call.access.model(&model.info.name)?;
+        shorten(&mut request, &call.access, model.info.default_canvas());
         let (info, deadline, suffix) = (model.info.clone(), call.deadline, request.suffix.is_some());
         let autoregressive = matches!(request.method, Some(proto::generate_request::Method::Autoregressive(_)));
         let checked = registry.off_thread(move || {
@@ -91,6 +94,7 @@ impl Checked {
         });
         let mut request = checked.await??;
         request.trace = call.account.trace();
+        call.access.new_tokens(request.canvas.holes())?;
         Ok(Self { model, request })
     }
 
@@ -118,6 +122,13 @@ impl Checked {
 fn note_cost(account: &Account, told: &GenerateEvent) {
     if let Some(generate_event::Event::Finished(proto::Finished { usage: Some(usage), .. })) = &told.event {
         account.cost(usage.prompt_tokens, usage.generated_tokens, usage.steps);
+    }
+}
+
+/// A request that does not say how long its text may be asks for no more than it may.
+fn shorten(request: &mut GenerateRequest, access: &Access, usual: usize) {
+    if let Some(fewer) = access.fewer_new_tokens(usual).filter(|_| request.template.is_empty()) {
+        request.stopping.get_or_insert_default().max_new_tokens.get_or_insert(fewer);
     }
 }
 

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc::Receiver;
 use tokio::sync::watch;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::{Health as HealthApi, HealthServer};
 use tonic_health::server::{HealthReporter, HealthService};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::proto::{generation_server, models_server, tokenization_server};
 use super::registry::Registry;
@@ -130,11 +131,28 @@ pub async fn drained(mut calls: watch::Receiver<usize>, timeout: Duration) -> bo
 
 /// Resolves on SIGTERM or SIGINT.
 pub async fn shutdown_signal() -> std::io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     Ok(())
+}
+
+/// From here on SIGHUP does not end the process.
+pub fn hangups() -> std::io::Result<Signal> {
+    signal(SignalKind::hangup())
+}
+
+/// Does something at every SIGHUP, for ever.
+pub async fn on_hangup(hangups: std::io::Result<Signal>, act: impl Fn()) {
+    match hangups {
+        Ok(mut hangups) => {
+            while hangups.recv().await.is_some() {
+                act();
+            }
+        }
+        Err(error) => warn!(%error, "SIGHUP cannot be caught"),
+    }
+    std::future::pending().await
 }

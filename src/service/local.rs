@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use tonic::Status;
 
+use super::access::Access;
 use super::compare::{CompareStream, compare};
 use super::models::describe;
 use super::proto::{self, CompareRequest};
@@ -37,7 +38,7 @@ impl Local {
     /// As `Generation.Compare`.
     pub async fn compare(&self, request: CompareRequest, deadline: Instant) -> Result<CompareStream, Status> {
         let id = convert::request_id(request.request_id.as_deref())?;
-        compare(&self.0, request, id, deadline, Trace::default()).await
+        compare(&self.0, request, id, deadline, Trace::default(), &Access::default()).await
     }
 
     /// For the end of a process.

@@ -4,6 +4,7 @@
 //! come back through `generation` and `events`; `compare` runs several of them on one prompt, for `local` callers too. Every error is turned into a status in `status` and nowhere else.
 //! `lifecycle` warms up and shuts down. The service knows nothing of tensors; the engine knows nothing of the service.
 
+pub(crate) mod access;
 pub(crate) mod boundary;
 mod compare;
 pub(crate) mod convert;
@@ -15,13 +16,15 @@ mod local;
 pub(crate) mod models;
 pub(crate) mod registry;
 pub(crate) mod status;
+pub mod tls;
 mod tokenization;
+pub mod tokens;
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Router, middleware};
 use http::HeaderValue;
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -34,16 +37,18 @@ use crate::engine::Engine;
 use crate::engine::request::ModelInfo;
 use crate::http::listen::{Acceptor, Port, Stage};
 use crate::telemetry::{Calls, Telemetry, metrics, panics};
+use access::Door;
 use boundary::Boundary;
 use lifecycle::Health;
 use proto::generation_server::GenerationServer;
 use proto::models_server::ModelsServer;
 use proto::tokenization_server::TokenizationServer;
 use registry::Registry;
+use tokens::Tokens;
 
 pub use convert::{autoregressive_message, diffusion_message, sampling_message};
-pub use library::{Library, Loader, Need};
-pub use lifecycle::shutdown_signal;
+pub use library::{Library, Loader, Need, mebibytes};
+pub use lifecycle::{hangups, on_hangup, shutdown_signal};
 pub use local::Local;
 
 /// The public API as generated from `proto/lacuna/v1`: messages, servers and clients.
@@ -85,6 +90,8 @@ pub struct ServeOptions {
     pub drain_timeout: Duration,
     /// Origins whose pages may call by HTTP, beside the server's own; `*` for all.
     pub http_origins: Vec<HeaderValue>,
+    /// Who may call; unset, everybody who can.
+    pub tokens: Option<Arc<Tokens>>,
     /// From where models are loaded by request; unset, none are.
     pub library: Option<Library>,
     /// Whether the process ends with serving: engines are laid to rest then.
@@ -104,6 +111,7 @@ impl Default for ServeOptions {
             request_time_max: Duration::from_secs(600),
             drain_timeout: Duration::from_secs(30),
             http_origins: vec![],
+            tokens: None,
             library: None,
             ends_process: false,
             telemetry: Telemetry::default(),
@@ -158,8 +166,10 @@ pub async fn serve(
     let grpc = boundary.layer(grpc_services(&registry, &health, &options)?);
     let http = crate::http::Context { registry: registry.clone(), boundary, health: health.clone(), options: options.clone() };
     let http = http.router(grpc.clone());
-    let grpc =
-        Router::new().fallback_service(grpc.map_request(|request: http::Request<_>| request.map(tonic::body::Body::new)));
+    let door = Door { tokens: options.tokens.clone(), grpc: true };
+    let grpc = Router::new()
+        .fallback_service(grpc.map_request(|request: http::Request<_>| request.map(tonic::body::Body::new)))
+        .layer(middleware::from_fn_with_state(door, access::admit));
     let metrics = options.telemetry.metrics.clone();
     // Outside of everything else: who is turned away is counted too.
     let rim = Calls::new(options.telemetry.clone(), &DESCRIPTORS);

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 use tonic::{Request, Response, Status};
 
-use super::compare::{LANES_MAX, REFERENCE_BYTES_MAX};
+use super::access::Access;
+use super::compare::{LANES_MAX, NAME_BYTES_MAX, REFERENCE_BYTES_MAX};
 use super::proto::{
     self, GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse, LoadModelRequest, LoadModelResponse,
     UnloadModelRequest, UnloadModelResponse,
@@ -15,22 +16,26 @@ use super::{ServeOptions, Served, convert, status};
 use crate::draft::DrafterInfo;
 use crate::engine::request::{
     AutoregressiveOptions, CFG_SCALE_MAX, DiffusionOptions, DrafterChoice, LOGIT_BIAS_MAX, LOGPROBS_MAX, MethodKind,
-    PIECES_MAX, PROMPT_BYTES_MAX, STEPS_MAX, STOP_BYTES_MAX, STOPS_MAX, TEMPERATURE_MAX, unsupported,
+    PIECES_MAX, PRIORITY_MAX, PROMPT_BYTES_MAX, STEPS_MAX, STOP_BYTES_MAX, STOPS_MAX, TEMPERATURE_MAX, TEMPERATURE_MIN,
+    unsupported,
 };
 use crate::engine::{Drafted, Load};
+use crate::http::listen;
+use crate::telemetry::account;
 
 /// The Models service.
 pub struct ModelsService(pub Arc<Registry>);
 
 #[tonic::async_trait]
 impl proto::models_server::Models for ModelsService {
-    async fn list(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+    async fn list(&self, request: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
         let registry = &self.0;
         let away =
             |(name, state): (String, proto::ModelState)| proto::Model { name, state: state.into(), ..Default::default() };
         let models = registry.all().iter().map(describe).chain(registry.away().into_iter().map(away)).collect();
         let loadable = registry.loadable().await?;
-        Ok(Response::new(ListModelsResponse { models, limits: Some(registry.limits()), loadable, memory: registry.memory() }))
+        let (limits, memory, caller) = (registry.limits(), registry.memory(), Access::of(request.extensions()).describe());
+        Ok(Response::new(ListModelsResponse { models, limits: Some(limits), loadable, memory, caller }))
     }
 
     async fn get(&self, request: Request<GetModelRequest>) -> Result<Response<GetModelResponse>, Status> {
@@ -39,11 +44,13 @@ impl proto::models_server::Models for ModelsService {
     }
 
     async fn load(&self, request: Request<LoadModelRequest>) -> Result<Response<LoadModelResponse>, Status> {
+        Access::of(request.extensions()).admin()?;
         let served = self.0.load(&named(request.into_inner().name)?).await?;
         Ok(Response::new(LoadModelResponse { model: Some(describe(&served)), memory: self.0.memory() }))
     }
 
     async fn unload(&self, request: Request<UnloadModelRequest>) -> Result<Response<UnloadModelResponse>, Status> {
+        Access::of(request.extensions()).admin()?;
         self.0.unload(&named(request.into_inner().name)?).await?;
         Ok(Response::new(UnloadModelResponse { memory: self.0.memory() }))
     }
@@ -154,5 +161,17 @@ pub fn limits(options: &ServeOptions) -> proto::Limits {
         reference_bytes_max: REFERENCE_BYTES_MAX as u64,
         request_seconds_max: options.request_time_max.as_secs_f64(),
         streams_per_connection_max: options.streams_per_connection_max,
+        lane_name_bytes_max: NAME_BYTES_MAX as u64,
+        request_id_bytes_max: account::ID_BYTES_MAX as u64,
+        priority_max: PRIORITY_MAX,
+        temperature_min: TEMPERATURE_MIN,
+        connections_max: options.connections_max as u64,
+        header_bytes_max: u64::from(listen::HEADER_BYTES_MAX),
+        opening_seconds_max: listen::OPENING_TIME_MAX.as_secs_f64(),
+        header_seconds_max: listen::HEADER_TIME_MAX.as_secs_f64(),
+        keepalive_seconds: listen::KEEPALIVE_INTERVAL.as_secs_f64(),
+        keepalive_timeout_seconds: listen::KEEPALIVE_TIMEOUT.as_secs_f64(),
+        pending_resets_max: listen::PENDING_RESETS_MAX as u64,
+        drain_seconds: options.drain_timeout.as_secs_f64(),
     }
 }

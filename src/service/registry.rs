@@ -256,7 +256,7 @@ impl Registry {
                 engine.stop();
                 until(END_TIME_MAX, || engine.active() == 0).await;
             }
-            let end = engine.end();
+            let readings = engine.readings();
             // The last handles but those of calls that are about to end.
             drop(engine);
             registry
@@ -264,7 +264,7 @@ impl Registry {
                 .iter_mut()
                 .filter(|entry| entry.name == name)
                 .for_each(|entry| entry.state = State::Unloading(None));
-            let freed = until(END_TIME_MAX, || end.come()).await;
+            let freed = until(END_TIME_MAX, || readings.take().is_none()).await;
             registry.write().retain(|entry| entry.name != name);
             tokio::task::spawn_blocking(crate::tensor::give_back_memory);
             info!(model = name, seconds = started.elapsed().as_secs_f64(), freed, "unloaded by request");

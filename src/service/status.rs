@@ -8,12 +8,15 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use tracing::error;
 
+use super::tokens::Turned;
 use crate::engine::request::Invalid;
 use crate::engine::{Failure, Refused};
 use crate::telemetry::account;
 
 /// Bytes of the longest message: it travels in a header, and may quote the client.
 const MESSAGE_BYTES_MAX: usize = 1024;
+/// Whose the reasons in ErrorInfo are.
+const DOMAIN: &str = "lacuna.v1";
 /// When to try a server that stops again: another one may have taken its place.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -61,6 +64,28 @@ pub fn unavailable(message: String) -> Status {
 
 pub fn stopping() -> Status {
     unavailable("the server is stopping".into())
+}
+
+/// Whoever calls has no token, or has called too much.
+pub fn turned(turned: &Turned) -> Status {
+    let (reason, name, retry) = match turned {
+        Turned::Missing => ("TOKEN_MISSING", None, None),
+        Turned::Malformed => ("TOKEN_MALFORMED", None, None),
+        Turned::Unknown => ("TOKEN_UNKNOWN", None, None),
+        Turned::InFlight { name, retry, .. } => ("REQUESTS_IN_FLIGHT", Some(name), Some(*retry)),
+        Turned::PerMinute { name, retry, .. } => ("REQUESTS_PER_MINUTE", Some(name), Some(*retry)),
+    };
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, []);
+    if let (Some(name), Some(retry)) = (name, retry) {
+        details.set_retry_info(Some(retry)).add_quota_failure_violation(name.as_str(), turned.to_string());
+        return status(Code::ResourceExhausted, turned.to_string(), details);
+    }
+    status(Code::Unauthenticated, turned.to_string(), details)
+}
+
+/// The token does not go so far.
+pub fn denied(reason: &str, message: String) -> Status {
+    status(Code::PermissionDenied, message, ErrorDetails::with_error_info(reason, DOMAIN, []))
 }
 
 pub fn no_library() -> Status {

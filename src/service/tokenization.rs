@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
+use super::access::Access;
 use super::proto::{self, DetokenizeRequest, DetokenizeResponse, Token, TokenizeRequest, TokenizeResponse};
 use super::registry::Registry;
 use super::status;
@@ -22,8 +23,11 @@ impl Tokenization {
 #[tonic::async_trait]
 impl proto::tokenization_server::Tokenization for Tokenization {
     async fn tokenize(&self, request: Request<TokenizeRequest>) -> Result<Response<TokenizeResponse>, Status> {
+        let access = Access::of(request.extensions());
         let request = request.into_inner();
-        let tokenizer = self.registry.find(&request.model)?.info.tokenizer.clone();
+        let info = self.registry.find(&request.model)?.info;
+        access.model(&info.name)?;
+        let tokenizer = info.tokenizer.clone();
         if request.text.len() > PROMPT_BYTES_MAX {
             let reason = format!("{} bytes are more than {PROMPT_BYTES_MAX}", request.text.len());
             return Err(status::bad_field("text", reason));
@@ -38,8 +42,10 @@ impl proto::tokenization_server::Tokenization for Tokenization {
     }
 
     async fn detokenize(&self, request: Request<DetokenizeRequest>) -> Result<Response<DetokenizeResponse>, Status> {
+        let access = Access::of(request.extensions());
         let request = request.into_inner();
         let info = self.registry.find(&request.model)?.info;
+        access.model(&info.name)?;
         // The tokenizer would silently leave such a token out.
         if let Some(id) = request.token_ids.iter().find(|id| **id as usize >= info.config.vocab_size) {
             let reason = format!("token id {id} is outside the vocabulary of {}", info.config.vocab_size);

@@ -88,6 +88,7 @@ struct Entry {
     id: String,
     chosen: OnceLock<String>,
     model: OnceLock<String>,
+    client: OnceLock<String>,
     outcome: OnceLock<Outcome>,
     prompt_tokens: AtomicU64,
     tokens: AtomicU64,
@@ -117,6 +118,7 @@ impl Account {
             id: asked.filter(|id| is_id(id)).map_or_else(new_id, str::to_owned),
             chosen: OnceLock::new(),
             model: OnceLock::new(),
+            client: OnceLock::new(),
             outcome: OnceLock::new(),
             prompt_tokens: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
@@ -145,6 +147,13 @@ impl Account {
     pub fn model(&self, name: &str) {
         if let Some(entry) = &self.0 {
             let _ = entry.model.set(name.into());
+        }
+    }
+
+    /// Whose token it came with, by name.
+    pub fn client(&self, name: &str) {
+        if let Some(entry) = &self.0 {
+            let _ = entry.client.set(name.into());
         }
     }
 
@@ -193,6 +202,7 @@ impl Entry {
         let outcome = *self.outcome.get_or_init(|| Outcome::Grpc(Code::Cancelled));
         let (method, code) = (self.method.as_str(), outcome.name());
         let model = self.model.get().map_or("", String::as_str);
+        let client = self.client.get().map_or("", String::as_str);
         let took = self.arrived.elapsed();
         let metrics = &self.telemetry.metrics;
         self.inflight.decrement(1.0);
@@ -204,7 +214,7 @@ impl Entry {
         if QUIET.iter().any(|prefix| method.starts_with(prefix)) {
             debug!(request = id, method, code, milliseconds, "called");
         } else {
-            info!(request = id, method, model, code, prompt_tokens, tokens, steps, milliseconds, trace, "called");
+            info!(request = id, method, model, client, code, prompt_tokens, tokens, steps, milliseconds, trace, "called");
         }
         if self.trace.is_on() {
             let (service, name) = method.rsplit_once('/').unwrap_or(("", method));
@@ -217,6 +227,7 @@ impl Entry {
                 KeyValue::new("rpc.method", name.to_owned()),
                 status,
                 KeyValue::new("lacuna.request_id", id.to_owned()),
+                KeyValue::new("lacuna.client", client.to_owned()),
                 KeyValue::new("gen_ai.request.model", model.to_owned()),
                 KeyValue::new("gen_ai.usage.input_tokens", prompt_tokens as i64),
                 KeyValue::new("gen_ai.usage.output_tokens", tokens as i64),

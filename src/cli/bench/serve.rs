@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
-use tonic::transport::Channel;
 
 use super::traffic::{self, Load};
 use super::{Prompts, command};
+use crate::cli::connection::{Connection, ConnectionFlags};
 use crate::cli::load;
 use crate::cli::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, methods};
-use crate::cli::remote::{connect, failed, request};
+use crate::cli::remote::{failed, request};
 use crate::engine::request::{GenerateOptions, Prompt};
 use crate::eval::load::compare::{About, Report};
 use crate::eval::load::summary::{Counts, Limits, Spread, summary};
@@ -29,9 +29,11 @@ const WARM_UP: u64 = 8;
 #[derive(Args, Debug)]
 #[command(allow_negative_numbers = true)]
 pub struct Options {
-    /// The server
+    /// The server; https://HOST:PORT for TLS
     #[arg(long, value_name = "HOST:PORT")]
     target: String,
+    #[command(flatten)]
+    connection: ConnectionFlags,
     /// Closed loops of so many users, each of whom sends a request as soon as the one before has ended
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,4,16")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
@@ -117,7 +119,7 @@ impl Options {
         let requests: Vec<_> = prompts.iter().map(|prompt| self.request(prompt, seed)).collect();
         let mut channels = vec![];
         for _ in 0..self.connections {
-            channels.push(connect(&self.target).await?);
+            channels.push(self.connection.connect(&self.target).await?);
         }
         let about = self.about(channels[0].clone(), requests[0].clone(), requests.len(), seed).await?;
         let lanes = self.lanes();
@@ -147,7 +149,7 @@ impl Options {
         }
     }
 
-    fn load(&self, lane: Lane, channels: Vec<Channel>, requests: Vec<GenerateRequest>, seed: u64) -> Load {
+    fn load(&self, lane: Lane, channels: Vec<Connection>, requests: Vec<GenerateRequest>, seed: u64) -> Load {
         let warm_up = match lane {
             Lane::Closed { concurrency } => 2 * concurrency as u64,
             Lane::Open { .. } => WARM_UP,
@@ -185,7 +187,7 @@ impl Options {
     }
 
     /// What is measured, as the server tells it, and as the answer to one request shows it.
-    async fn about(&self, channel: Channel, request: GenerateRequest, count: usize, seed: u64) -> Result<About> {
+    async fn about(&self, channel: Connection, request: GenerateRequest, count: usize, seed: u64) -> Result<About> {
         let described = ModelsClient::new(channel.clone()).get(proto::GetModelRequest::default()).await.map_err(failed)?;
         let model = described.into_inner().model.context("the server did not describe its model")?;
         let mut events = GenerationClient::new(channel).generate(request).await.map_err(failed)?.into_inner();

@@ -10,11 +10,11 @@ use anyhow::{Context, Result};
 use http::uri::PathAndQuery;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 use tonic_types::StatusExt;
 
+use crate::cli::connection::Connection;
 use crate::eval::load::arrivals::{cancellation, open_loop};
 use crate::eval::load::window::Gate;
 use crate::eval::load::{Cost, Forwards, Lane, Outcome, Round, Sample, Until};
@@ -40,7 +40,7 @@ struct Glance {
 
 /// What to send, and to whom. Requests take turns on the prompts and the connections.
 pub struct Load {
-    pub channels: Vec<Channel>,
+    pub channels: Vec<Connection>,
     /// One for each prompt.
     pub requests: Vec<GenerateRequest>,
     /// Of arrivals and cancellations; with a request's number added, of its sampling.

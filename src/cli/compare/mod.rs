@@ -18,17 +18,17 @@ use clap::Args;
 use futures::StreamExt;
 use futures::stream::LocalBoxStream;
 use tokio::runtime::Runtime;
-use tonic::transport::Channel;
 
+use super::connection::{Connection, ConnectionFlags};
 use super::load::{self, RunOptions};
 use super::method::SamplingFlags;
-use super::remote::{connect, failed};
+use super::remote::failed;
 use crate::engine::Limits;
 use crate::service::proto::compare_request::Prompt;
 use crate::service::proto::generation_client::GenerationClient;
 use crate::service::proto::models_client::ModelsClient;
 use crate::service::proto::{
-    self, Chat, CompareEvent, CompareRequest, LaneOrder, LaneSummary, Stopping, compare_event, generate_event,
+    self, Chat, CompareEvent, CompareRequest, LaneOrder, LaneSummary, ModelState, Stopping, compare_event, generate_event,
 };
 use crate::service::{Local, sampling_message};
 use columns::Board;
@@ -60,9 +60,11 @@ pub struct Options {
     model: Vec<PathBuf>,
     #[command(flatten)]
     run: RunOptions,
-    /// Let the server there do it, with the models that it serves
+    /// Let the server there do it, with the models that it serves; https://HOST:PORT for TLS
     #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "drafters", "device", "dtype", "threads", "context"])]
     server: Option<String>,
+    #[command(flatten)]
+    connection: ConnectionFlags,
     /// The model that judges how probable the texts are, or none [default: the first causal one]
     #[arg(long, value_name = "NAME")]
     judge: Option<String>,
@@ -107,10 +109,10 @@ pub fn run(options: Options) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
     let mut specs = options.lane.clone();
     let source = match &options.server {
-        Some(address) => Source::Server(runtime.block_on(connect(address))?),
+        Some(address) => Source::Server(runtime.block_on(options.connection.connect(address))?),
         None => {
             let paths = lanes::models(&options.model, &mut specs);
-            let models = load::start_all(load::load_all(&paths, &options.run)?, Limits::default())?;
+            let models = load::start_all(load::load_all(&paths, &options.run)?, Limits::default(), false)?;
             Source::Local(Local::new(models)?)
         }
     };
@@ -185,7 +187,7 @@ impl Options {
 /// Whoever runs the lanes.
 enum Source {
     Local(Local),
-    Server(Channel),
+    Server(Connection),
 }
 
 impl Source {
@@ -194,7 +196,8 @@ impl Source {
             Self::Local(local) => Ok(local.models()),
             Self::Server(channel) => {
                 let list = ModelsClient::new(channel.clone()).list(proto::ListModelsRequest {}).await.map_err(failed)?;
-                Ok(list.into_inner().models)
+                let ready = |model: &proto::Model| !matches!(model.state(), ModelState::Loading | ModelState::Unloading);
+                Ok(list.into_inner().models.into_iter().filter(ready).collect())
             }
         }
     }

@@ -78,10 +78,13 @@ impl Error {
             Code::FailedPrecondition | Code::OutOfRange => told(StatusCode::BAD_REQUEST, Some("model_cannot")),
             Code::NotFound => Self { param: Some("model".into()), ..told(StatusCode::NOT_FOUND, Some("model_not_found")) },
             Code::Unauthenticated => told(StatusCode::UNAUTHORIZED, Some("invalid_api_key")),
-            Code::PermissionDenied => told(StatusCode::FORBIDDEN, None),
+            Code::PermissionDenied => told(StatusCode::FORBIDDEN, Some("permission_denied")),
             // Memory that ran out is the server's trouble, a full queue is everybody's, and what can never fit is the client's.
             Code::ResourceExhausted if details.request_info().is_some() => {
                 told(StatusCode::SERVICE_UNAVAILABLE, Some("out_of_memory"))
+            }
+            Code::ResourceExhausted if details.error_info().is_some() => {
+                told(StatusCode::TOO_MANY_REQUESTS, Some("rate_limit_exceeded"))
             }
             Code::ResourceExhausted if retry.is_some() => told(StatusCode::TOO_MANY_REQUESTS, Some("queue_full")),
             Code::ResourceExhausted => told(StatusCode::PAYLOAD_TOO_LARGE, Some("too_large")),

@@ -34,7 +34,7 @@ use crate::engine::Method;
 use crate::service::boundary::{Boundary, Call};
 use crate::service::generation::Checked;
 use crate::service::models::describe;
-use crate::service::proto::Usage;
+use crate::service::proto::{ModelState, Usage};
 use crate::service::registry::Registry;
 use crate::service::{Served, status};
 use crate::telemetry::{Account, Outcome};
@@ -80,7 +80,7 @@ pub fn router(registry: Arc<Registry>, boundary: Boundary, body_bytes_max: usize
 
 /// What every call passes: a deadline and a net for panics. It counts as running until its body is sent.
 async fn admit(State(boundary): State<Boundary>, mut request: Request, next: Next) -> Response {
-    let call = boundary.begin(Account::of(request.extensions()), Duration::MAX);
+    let call = boundary.begin(request.extensions(), Duration::MAX);
     request.extensions_mut().insert(call.clone());
     let handled = AssertUnwindSafe(next.run(request)).catch_unwind();
     match tokio::time::timeout_at(call.deadline.into(), handled).await {
@@ -99,7 +99,13 @@ fn now() -> u64 {
 }
 
 async fn models(State(api): State<Api>) -> Json<Value> {
-    let models: Vec<Value> = api.registry.all().iter().map(|model| shown(model, api.since)).collect();
+    let away = |(id, state): (String, ModelState)| {
+        let state = state.as_str_name().trim_start_matches("MODEL_STATE_").to_lowercase();
+        json!({"id": id, "object": "model", "created": api.since, "owned_by": "lacuna", "lacuna": {"state": state}})
+    };
+    let ready = api.registry.all();
+    let models: Vec<Value> =
+        ready.iter().map(|model| shown(model, api.since)).chain(api.registry.away().into_iter().map(away)).collect();
     Json(json!({"object": "list", "data": models}))
 }
 
@@ -118,6 +124,7 @@ fn shown(served: &Served, since: u64) -> Value {
         "created": since,
         "owned_by": "lacuna",
         "lacuna": {
+            "state": "ready",
             "family": model.family,
             "parameters": model.parameters,
             "dtype": model.dtype,

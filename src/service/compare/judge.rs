@@ -9,6 +9,7 @@ use crate::engine::request::{MethodKind, Prompt, unsupported};
 use crate::engine::scoring::{self, Likelihood, ScoreOptions};
 use crate::engine::{Event, Failure};
 use crate::eval::distance::levenshtein;
+use crate::service::access::Access;
 use crate::service::proto::{self, CompareRequest, ReferenceMatch};
 use crate::service::registry::Registry;
 use crate::service::{Served, convert, status};
@@ -25,13 +26,22 @@ pub struct Judge {
 
 impl Judge {
     /// Refuses a judge who is not there or cannot judge.
-    pub fn new(registry: &Arc<Registry>, request: &CompareRequest, id: &str, deadline: Instant) -> Result<Self, Status> {
-        let able = |model: &Served| unsupported(&model.info, MethodKind::Autoregressive).is_none();
+    pub fn new(
+        registry: &Arc<Registry>,
+        request: &CompareRequest,
+        id: &str,
+        deadline: Instant,
+        access: &Access,
+    ) -> Result<Self, Status> {
+        let able = |model: &Served| {
+            unsupported(&model.info, MethodKind::Autoregressive).is_none() && access.model(&model.info.name).is_ok()
+        };
         let model = match request.judge.as_deref() {
             None => registry.all().into_iter().find(able),
             Some("") => None,
             Some(name) => {
                 let found = registry.find(name).map_err(|refused| status::within(&refused, "judge", str::to_owned))?;
+                access.model(&found.info.name)?;
                 if let Some(reason) = unsupported(&found.info, MethodKind::Autoregressive) {
                     return Err(status::unable(format!("judge: model {name} cannot judge a text: {reason}")));
                 }

@@ -13,6 +13,7 @@ use std::time::Instant;
 use futures::stream::{self, Stream, StreamExt};
 use tonic::Status;
 
+use super::access::Access;
 use super::proto::{self, CompareEvent, CompareRequest, GenerateRequest, compare_request, generate_request};
 use super::registry::Registry;
 use super::status::{self, bad_field};
@@ -27,17 +28,18 @@ pub const LANES_MAX: usize = 16;
 /// The time to compare a text with a reference grows with the length of both: this keeps it near a second.
 pub const REFERENCE_BYTES_MAX: usize = 16 << 10;
 /// Bytes of a lane's name.
-const NAME_BYTES_MAX: usize = 128;
+pub const NAME_BYTES_MAX: usize = 128;
 
 pub type CompareStream = Pin<Box<dyn Stream<Item = Result<CompareEvent, Status>> + Send>>;
 
 /// Checks the request and starts it; `id` is the request's, and what it does is told to `trace`. The stream ends with the first error.
 pub async fn compare(
     registry: &Arc<Registry>,
-    request: CompareRequest,
+    mut request: CompareRequest,
     id: String,
     deadline: Instant,
     trace: Trace,
+    access: &Access,
 ) -> Result<CompareStream, Status> {
     // Lanes are submitted one by one, as their turns come; a server that stops is better told of at once.
     if registry.draining() {
@@ -53,9 +55,14 @@ pub async fn compare(
         Ok(order) => order == proto::LaneOrder::Racing,
         Err(_) => return Err(bad_field("order", format!("{} is not a value of this enum", request.order))),
     };
-    let judge = Arc::new(Judge::new(registry, &request, &id, deadline)?);
+    let judge = Arc::new(Judge::new(registry, &request, &id, deadline, access)?);
     let models: Vec<Served> =
         (0..).zip(&request.lanes).map(|(at, lane)| model(registry, at, lane)).collect::<Result<_, _>>()?;
+    models.iter().try_for_each(|model| access.model(&model.info.name))?;
+    let fewer: Vec<_> = models.iter().filter_map(|model| access.fewer_new_tokens(model.info.default_canvas())).collect();
+    if let Some(fewer) = fewer.first() {
+        request.stopping.get_or_insert_default().max_new_tokens.get_or_insert(*fewer);
+    }
     let checked = registry.off_thread(move || {
         let seed = rand::random();
         let lane = |(at, model)| checked(&request, at, model, &id, seed, deadline, &judge);
@@ -63,6 +70,7 @@ pub async fn compare(
     });
     let mut lanes = checked.await??;
     lanes.iter_mut().for_each(|lane| lane.request.trace = trace.clone());
+    lanes.iter().try_for_each(|lane| access.new_tokens(lane.request.canvas.holes()))?;
     let lanes = stream::iter(lanes);
     if racing {
         let lanes: Vec<CompareStream> = lanes.map(|lane| Box::pin(lane.events()) as CompareStream).collect().await;
