@@ -292,6 +292,23 @@ fn generate_by_a_server_gives_what_generate_here_gives_and_sigterm_ends_the_serv
 }
 
 #[test]
+fn where_to_listen_is_checked_before_anything_is_loaded() {
+    for (flag, value) in [
+        ("--http", "localhost:80"),
+        ("--http-allow-origin", "example.org"),
+        ("--http-allow-origin", "https://example.org/path"),
+        ("--http-allow-origin", "https://example.org/"),
+    ] {
+        let said = ill(&["serve", flag, value], 2);
+        assert!(said.contains(&format!("'{value}' for '{flag}")), "{said}");
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let said = ill(&["serve", "--address", "127.0.0.1:0", "--http", &address], 1);
+    assert!(said.contains(&format!("cannot listen on {address}: --http")) && !said.contains("loaded"), "{said}");
+}
+
+#[test]
 fn eval_counts_what_passes_one_by_one_and_side_by_side() {
     let mut alone: Vec<Value> = vec![];
     for concurrency in ["1", "4"] {

@@ -1,7 +1,7 @@
 //! One accept loop for both ports: bounds on who may stay, and how a port closes.
 //!
-//! Everything that a peer may do by saying nothing has a bound here: the handshake and the first bytes, a header's length and time,
-//! a silent HTTP/2 connection, the number of connections. It knows neither gRPC nor what is served.
+//! Everything that a peer may do by saying or taking nothing has a bound here: the handshake and the first bytes, a header's length and
+//! time, a silent HTTP/2 connection, one that nobody reads from, the number of connections. It knows neither gRPC nor what is served.
 
 use std::io;
 use std::pin::Pin;
@@ -83,6 +83,8 @@ pub struct Port {
     pub connections_max: usize,
     /// Concurrent calls on one HTTP/2 connection.
     pub streams_per_connection_max: u32,
+    /// How long a peer may take none of the bytes that are ready for it.
+    pub stall_time_max: Duration,
 }
 
 impl Port {
@@ -91,7 +93,7 @@ impl Port {
         let builder = self.builder();
         let graceful = GracefulShutdown::new();
         let places = Arc::new(Semaphore::new(self.connections_max));
-        let Self { listener, acceptor, .. } = self;
+        let Self { listener, acceptor, stall_time_max, .. } = self;
         loop {
             let accepted = tokio::select! {
                 // A dropped sender means the same.
@@ -105,7 +107,7 @@ impl Port {
                 let opened = tokio::time::timeout(OPENING_TIME_MAX, acceptor.accept(stream)).await;
                 let Ok(Ok(transport)) = opened else { return debug!("a handshake failed") };
                 let service = router.map_request(|request: http::Request<Incoming>| request.map(Body::new));
-                let io = TokioIo::new(Opening::new(transport));
+                let io = TokioIo::new(Bounded::new(transport, stall_time_max));
                 let connection = builder.serve_connection(io, TowerToHyperService::new(service)).into_owned();
                 if let Err(error) = watcher.watch(connection).await {
                     debug!(error, "a connection failed");
@@ -158,34 +160,51 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> Option<(TcpS
     }
 }
 
-/// A peer that has yet to say which protocol it speaks. hyper would wait for that for ever; from there on it has bounds of its own.
-struct Opening {
+/// A peer's bytes, and how long it may be silent where hyper would wait for ever: before it has said which protocol it speaks, and while
+/// it takes nothing of what it is sent.
+struct Bounded {
     transport: Box<dyn Transport>,
     /// Bytes of HTTP/2's preface that have come.
     matched: usize,
     /// Gone once the protocol is known.
-    patience: Option<Pin<Box<Sleep>>>,
+    opening: Option<Pin<Box<Sleep>>>,
+    stall_time_max: Duration,
+    /// Runs while bytes wait for the peer.
+    stalled: Option<Pin<Box<Sleep>>>,
 }
 
-impl Opening {
-    fn new(transport: Box<dyn Transport>) -> Self {
-        Self { transport, matched: 0, patience: Some(Box::pin(tokio::time::sleep(OPENING_TIME_MAX))) }
+impl Bounded {
+    fn new(transport: Box<dyn Transport>, stall_time_max: Duration) -> Self {
+        let opening = Some(Box::pin(tokio::time::sleep(OPENING_TIME_MAX)));
+        Self { transport, matched: 0, opening, stall_time_max, stalled: None }
+    }
+
+    /// What came of sending: an error if the peer has stood still for too long.
+    fn sent<T>(&mut self, context: &mut Context<'_>, sent: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if sent.is_ready() {
+            self.stalled = None;
+            return sent;
+        }
+        let stall_time_max = self.stall_time_max;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(stall_time_max)));
+        ready!(stalled.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
-impl AsyncRead for Opening {
+impl AsyncRead for Bounded {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let start = buffer.filled().len();
         let read = Pin::new(&mut self.transport).poll_read(context, buffer);
-        if let Some(patience) = &mut self.patience {
+        if let Some(opening) = &mut self.opening {
             if read.is_pending() {
-                ready!(patience.as_mut().poll(context));
+                ready!(opening.as_mut().poll(context));
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
             let (read, expected) = (&buffer.filled()[start..], &PREFACE[self.matched..]);
             let common = read.iter().zip(expected).take_while(|(read, expected)| read == expected).count();
             if common == expected.len() || common < read.len() || read.is_empty() {
-                self.patience = None;
+                self.opening = None;
             }
             self.matched += common;
         }
@@ -193,17 +212,20 @@ impl AsyncRead for Opening {
     }
 }
 
-impl AsyncWrite for Opening {
+impl AsyncWrite for Bounded {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.transport).poll_write(context, bytes)
+        let sent = Pin::new(&mut self.transport).poll_write(context, bytes);
+        self.sent(context, sent)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.transport).poll_flush(context)
+        let sent = Pin::new(&mut self.transport).poll_flush(context);
+        self.sent(context, sent)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.transport).poll_shutdown(context)
+        let sent = Pin::new(&mut self.transport).poll_shutdown(context);
+        self.sent(context, sent)
     }
 
     fn poll_write_vectored(
@@ -211,7 +233,8 @@ impl AsyncWrite for Opening {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.transport).poll_write_vectored(context, slices)
+        let sent = Pin::new(&mut self.transport).poll_write_vectored(context, slices);
+        self.sent(context, sent)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -228,13 +251,13 @@ mod tests {
     /// What a read finds after `said`, an hour later.
     async fn hear(said: &[u8]) -> io::Result<()> {
         let (ours, mut theirs) = tokio::io::duplex(64);
-        let mut opening = Opening::new(Box::new(ours));
+        let mut bounded = Bounded::new(Box::new(ours), Duration::MAX);
         theirs.write_all(said).await?;
         let mut heard = vec![0; said.len()];
-        opening.read_exact(&mut heard).await?;
+        bounded.read_exact(&mut heard).await?;
         assert_eq!(heard, said);
         tokio::select! {
-            read = opening.read_u8() => read.map(drop),
+            read = bounded.read_u8() => read.map(drop),
             () = tokio::time::sleep(Duration::from_secs(3600)) => Ok(()),
         }
     }
@@ -246,5 +269,24 @@ mod tests {
             let expected = if left { Err(io::ErrorKind::TimedOut) } else { Ok(()) };
             assert_eq!(heard, expected, "{}", String::from_utf8_lossy(said));
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_nothing_is_left_and_a_slow_one_is_not() {
+        let stall = Duration::from_secs(60);
+        let (ours, mut theirs) = tokio::io::duplex(64);
+        let mut bounded = Bounded::new(Box::new(ours), stall);
+        let reader = tokio::spawn(async move {
+            for _ in 0..4 {
+                tokio::time::sleep(stall / 2).await;
+                theirs.read_exact(&mut [0; 64]).await.expect("it is sent");
+            }
+            theirs
+        });
+        let began = tokio::time::Instant::now();
+        let failed = bounded.write_all(&[7; 64 * 6]).await.expect_err("the last 64 bytes are for nobody");
+        assert_eq!(failed.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(began.elapsed().as_secs(), (4 * stall / 2 + stall).as_secs());
+        drop(reader);
     }
 }

@@ -181,6 +181,7 @@ pub async fn serve(
         http2_only,
         connections_max: options.connections_max,
         streams_per_connection_max: options.streams_per_connection_max,
+        stall_time_max: options.request_time_max,
     };
     if let Ok(address) = listeners.grpc.local_addr() {
         info!(%address, "listening");

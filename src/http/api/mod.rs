@@ -43,7 +43,7 @@ use ask::{Ask, Endpoint};
 use choice::{Choice, Delta};
 pub use error::Error;
 
-/// Bytes of a comment now and then, so that nobody between us and a client thinks that the connection is dead.
+/// A comment goes out when nothing else has for so long, so that nobody between us and a client thinks that the connection is dead.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 
 #[derive(Clone)]
