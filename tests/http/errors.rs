@@ -1,10 +1,12 @@
 //! What goes wrong is told in OpenAI's envelope, under a fitting status, by the name of the field.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::Method;
 use lacuna::engine::Limits;
 use lacuna::service::ServeOptions;
+use lacuna::service::tokens::{Tokens, make};
 use serde_json::{Value, json};
 
 use crate::client::{Answer, Client, TASK, pair};
@@ -202,4 +204,26 @@ async fn an_answer_that_would_be_late() {
     let last: Value = serde_json::from_str(&last).expect("JSON");
     assert_eq!(last["error"]["code"], "deadline_exceeded");
     server.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_asked_for_and_bounds_all_choices_together() {
+    let (token, entry) = make("playground", false);
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), format!("{entry}\nmax-new-tokens = 10\n")).expect("it is written");
+    let tokens = Some(Arc::new(Tokens::open(file.path()).expect("it is read")));
+    let server = start(crate::client::LIMITS, ServeOptions { tokens, ..ServeOptions::default() }).await;
+    server.serving().await;
+    let client = Client::new(&server);
+    let asked = |choices: u64| json!({"prompt": TASK, "max_tokens": 4, "n": choices}).to_string().into_bytes();
+    let bearer = format!("Bearer {token}");
+    let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
+    for (headers, choices, status, code) in
+        [(&headers[..1], 1, 401, json!("invalid_api_key")), (&headers[..], 3, 403, json!("permission_denied"))]
+    {
+        let refused = client.ask(Method::POST, "/v1/completions", headers, asked(choices)).await;
+        assert_eq!((refused.status.as_u16(), &error(&refused)["code"]), (status, &code), "{refused:?}");
+    }
+    let taken = client.ask(Method::POST, "/v1/completions", &headers, asked(2)).await;
+    assert_eq!(taken.status, 200, "{taken:?}");
 }

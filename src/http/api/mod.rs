@@ -176,6 +176,8 @@ async fn generate(
 /// Hands every choice to the engine. The first error of any ends the stream, and whoever drops it cancels them all.
 fn submit(ask: &Ask, checked: Checked, call: &Call) -> Result<Deltas, Status> {
     let Checked { model, request } = checked;
+    // Several choices are one request to whoever bounds its tokens.
+    call.access.new_tokens(request.canvas.holes() * ask.choices as usize)?;
     let choice = |index: u64| {
         let request = match ask.choices {
             1 => request.clone(),
