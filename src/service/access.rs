@@ -5,7 +5,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
@@ -61,7 +61,7 @@ pub async fn admit(State(door): State<Door>, mut request: Request, next: Next) -
         Ok(pass) => {
             Account::of(request.extensions()).client(&pass.entry.name);
             request.extensions_mut().insert(Access(Some(pass.entry.clone())));
-            next.run(request).await.map(|body| Body::new(Held { body, _pass: pass }))
+            next.run(request).await.map(|body| Body::new(Held::new(body, pass)))
         }
         Err(turned) => {
             let status = status::turned(&turned);
@@ -85,10 +85,17 @@ fn in_grpc(status: &Status, kind: HeaderValue) -> Response {
     response
 }
 
-/// A response's body: the request is under way until it has been sent or dropped.
+/// A response's body: the request is under way until all of it is handed over, or it is dropped.
 struct Held {
     body: Body,
-    _pass: Pass,
+    /// Gone before the client can see the end, and send its next request.
+    pass: Option<Pass>,
+}
+
+impl Held {
+    fn new(body: Body, pass: Pass) -> Self {
+        Self { pass: (!body.is_end_stream()).then_some(pass), body }
+    }
 }
 
 impl HttpBody for Held {
@@ -96,7 +103,12 @@ impl HttpBody for Held {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        let more = matches!(&frame, Some(Ok(frame)) if !frame.is_trailers());
+        if !more || self.body.is_end_stream() {
+            self.pass = None;
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -9,7 +9,7 @@ use tonic::transport::Channel;
 use tonic_types::StatusExt;
 
 use crate::certificates::path;
-use crate::server::{Server, begin, finish, lacuna, request, stderr};
+use crate::server::{Server, begin, exchange, finish, lacuna, request, stderr};
 
 async fn list(models: &mut ModelsClient<Channel>) -> ListModelsResponse {
     models.list(ListModelsRequest {}).await.expect("a list").into_inner()
@@ -63,6 +63,12 @@ async fn models_come_and_go_under_traffic() {
     let both = list(&mut models).await;
     assert_eq!(both.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>(), ["nano", "nano-block"]);
     assert_eq!(both.loadable, ["nano-ar"]);
+    let http = tokio::net::TcpStream::connect(server.http).await.expect("it listens");
+    let (_, _, shown) = exchange(http, "GET /v1/models HTTP/1.1").await;
+    let shown: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
+    let states = shown["data"].as_array().expect("models").iter();
+    let states: Vec<_> = states.map(|model| (model["id"].as_str(), model["lacuna"]["state"].as_str())).collect();
+    assert_eq!(states, [(Some("nano"), Some("ready")), (Some("nano-block"), Some("ready"))], "HTTP shows the same");
     let weights = both.models[1].weight_bytes;
     assert!(taken > weights, "{taken} bytes are counted for {weights} of weights and their tokens");
 

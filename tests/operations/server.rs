@@ -192,9 +192,13 @@ pub async fn finish(mut stream: Streaming<GenerateEvent>) -> Result<u64, Status>
     Ok(tokens.expect("an OK stream ends with Finished"))
 }
 
-/// An answer by HTTP/1.1: the status, the header and the body.
-pub async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, head: &str) -> (u16, String, String) {
-    stream.write_all(format!("{head}\r\nhost: lacuna\r\nconnection: close\r\n\r\n").as_bytes()).await.expect("it reads");
+/// An answer by HTTP/1.1 to a request without a body: the status, the header and the body.
+pub async fn exchange(stream: impl AsyncRead + AsyncWrite + Unpin, head: &str) -> (u16, String, String) {
+    send(stream, &format!("{head}\r\nhost: lacuna\r\nconnection: close\r\n\r\n")).await
+}
+
+pub async fn send(mut stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> (u16, String, String) {
+    stream.write_all(request.as_bytes()).await.expect("it reads");
     let mut answer = vec![];
     stream.read_to_end(&mut answer).await.expect("it answers");
     let answer = String::from_utf8(answer).expect("text");

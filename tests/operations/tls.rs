@@ -49,6 +49,13 @@ async fn both_ports_speak_tls_to_those_who_trust_the_authority() {
     let well = generate(&server, "https://", &["--tls-ca", path(&ca)]);
     assert!(well.status.success(), "{}", stderr(&well));
     assert!(begun.elapsed() < Duration::from_secs(9), "it waited for the silent peer's handshake");
+    // The other commands that call a server.
+    let (target, trust) = (format!("https://{}", server.grpc), ["--tls-ca", path(&ca), "--max-new-tokens", "4", "--json"]);
+    let compared = lacuna(&[&["compare", "--server", &target, "--lane", "diffusion", PROMPT], &trust[..]].concat());
+    assert!(compared.status.success() && stdout(&compared).contains("\"model\":\"nano\""), "{}", stderr(&compared));
+    let load = ["bench", "serve", "--target", &target, "--concurrency", "1", "--requests", "2", "--warm-up", "1"];
+    let measured = lacuna(&[&load[..], &trust].concat());
+    assert!(measured.status.success() && stdout(&measured).contains("\"finished\":2"), "{}", stderr(&measured));
     for (scheme, flags, told) in [
         ("https://", vec!["--tls-ca", path(&wrong)], "UnknownIssuer"),
         ("https://", vec![], "no server answers on https://"),

@@ -11,7 +11,9 @@ use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt;
 
 use crate::certificates::{Authority, path};
-use crate::server::{PROMPT, Server, begin, command, exchange, finish, lacuna, request, stderr, stdout, with_token, write};
+use crate::server::{
+    PROMPT, Server, begin, command, exchange, finish, lacuna, request, send, stderr, stdout, with_token, write,
+};
 
 /// A token, and its entry with these limits.
 fn made(name: &str, limits: &str) -> (String, String) {
@@ -86,12 +88,12 @@ async fn a_token_opens_both_ports() {
 #[tokio::test(flavor = "multi_thread")]
 async fn limits_hold_for_each_token() {
     let folder = tempfile::tempdir().expect("a folder");
-    let (one, first) = made("one", "requests-in-flight = 1\nmax-new-tokens = 100");
+    let (one_token, first) = made("one", "requests-in-flight = 1\nmax-new-tokens = 100");
     let (few, second) = made("few", "requests-per-minute = 2\nmodels = [\"nano-ar\"]");
     let file = tokens_file(folder.path(), &[&first, &second]);
     let server = Server::start(&["--tokens", path(&file), "--model", "models/nano", "--model", "models/nano-ar"]);
     let channel = server.channel().await;
-    let (one, few) = (with_token(&channel, &one), with_token(&channel, &few));
+    let (one, few) = (with_token(&channel, &one_token), with_token(&channel, &few));
 
     let denied = begin(one.clone(), request(101)).await.expect_err("it is too much");
     assert_eq!((denied.code(), reason(&denied).as_str()), (Code::PermissionDenied, "TOO_MANY_NEW_TOKENS"));
@@ -113,6 +115,23 @@ async fn limits_hold_for_each_token() {
         assert!(begun.elapsed() < crate::server::PATIENCE);
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
+
+    // The same by HTTP.
+    let post = async |max_tokens: u64| {
+        let body = format!("{{\"model\": \"nano\", \"prompt\": \"x\", \"max_tokens\": {max_tokens}}}");
+        let head =
+            format!("authorization: Bearer {}\r\ncontent-type: application/json\r\ncontent-length: {}", one_token, body.len());
+        let head = format!("POST /v1/completions HTTP/1.1\r\nhost: lacuna\r\nconnection: close\r\n{head}\r\n\r\n{body}");
+        send(TcpStream::connect(server.http).await.expect("it listens"), &head).await
+    };
+    let (status, _, body) = post(101).await;
+    assert!(status == 403 && body.contains("permission_denied"), "{status}: {body}");
+    let (status, _, body) = post(4).await;
+    assert_eq!(status, 200, "{body}");
+    let running = begin(one.clone(), request(100)).await.expect("it begins");
+    let (status, header, body) = post(4).await;
+    assert!(status == 429 && header.contains("retry-after: 1") && body.contains("rate_limit_exceeded"), "{status}: {body}");
+    finish(running).await.expect("it ends");
 
     let load = LoadModelRequest { name: "nano-block".into() };
     let denied = ModelsClient::new(one.clone()).load(load).await.expect_err("it is no administrator's");
