@@ -1,4 +1,4 @@
-//! HTTP beside gRPC, on a port of its own: the API of [`api`] under `/v1`, health, the page at `/`, and the same gRPC services for
+//! HTTP beside gRPC, on a port of its own: the API of `api` under `/v1`, health, the page at `/`, and the same gRPC services for
 //! browsers (gRPC-web).
 //!
 //! [`listen`] accepts connections, for the gRPC port too. It knows nothing of tensors, and nothing of decoding but what the service
