@@ -8,13 +8,14 @@ use std::time::Instant;
 use tonic::Status;
 
 use super::proto::{self, GenerateRequest, generate_request, template_piece};
-use super::status::bad_field;
+use super::status::{self, bad_field};
 use crate::checkpoint::chat::Message;
 use crate::decode::autoregressive::DrafterKind;
 use crate::decode::diffusion::select::Order;
+use crate::engine::Request;
 use crate::engine::request::{
     AutoregressiveOptions, CacheChoice, DiffusionOptions, DrafterChoice, GenerateOptions, MethodKind, ModelInfo, PRIORITY_MAX,
-    Prompt, SamplingOptions, Schedule, TemplatePiece,
+    Prompt, SamplingOptions, Schedule, TemplatePiece, validate,
 };
 use crate::telemetry::account;
 
@@ -25,6 +26,14 @@ pub fn request_id(asked: Option<&str>) -> Result<String, Status> {
         return Err(bad_field("request_id", format!("it is not 1 to {} of A-Z a-z 0-9 . _ : -", account::ID_BYTES_MAX)));
     }
     Ok(id.into())
+}
+
+/// The request that `model` is asked to run, or what is wrong with it.
+pub fn check(model: &ModelInfo, request: GenerateRequest, id: String, deadline: Instant) -> Result<Request, Status> {
+    let (suffix, autoregressive) =
+        (request.suffix.is_some(), matches!(request.method, Some(generate_request::Method::Autoregressive(_))));
+    let options = options(model, request, id, deadline)?;
+    validate(model, options).map_err(|invalid| status::invalid(invalid, |field| path(field, suffix, autoregressive)))
 }
 
 /// What the request asks of `model`.

@@ -21,7 +21,6 @@ use super::events::Translator;
 use super::proto::{self, CompareRequest, GenerateEvent, GenerateRequest, compare_event, generate_event};
 use super::registry::Registry;
 use super::{Served, convert, status};
-use crate::engine::request::validate;
 use crate::engine::{self, Event, Failure};
 use crate::telemetry::Account;
 
@@ -85,13 +84,8 @@ impl Checked {
         call.account.model(&model.info.name);
         call.access.model(&model.info.name)?;
         shorten(&mut request, &call.access, model.info.default_canvas());
-        let (info, deadline, suffix) = (model.info.clone(), call.deadline, request.suffix.is_some());
-        let autoregressive = matches!(request.method, Some(proto::generate_request::Method::Autoregressive(_)));
-        let checked = registry.off_thread(move || {
-            let options = convert::options(&info, request, id, deadline)?;
-            validate(&info, options)
-                .map_err(|invalid| status::invalid(invalid, |field| convert::path(field, suffix, autoregressive)))
-        });
+        let (info, deadline) = (model.info.clone(), call.deadline);
+        let checked = registry.off_thread(move || convert::check(&info, request, id, deadline));
         let mut request = checked.await??;
         request.trace = call.account.trace();
         call.access.new_tokens(request.canvas.holes())?;

@@ -46,7 +46,7 @@ use proto::tokenization_server::TokenizationServer;
 use registry::Registry;
 use tokens::Tokens;
 
-pub use convert::{autoregressive_message, diffusion_message, sampling_message};
+pub use convert::{autoregressive_message, check, diffusion_message, sampling_message};
 pub use library::{Library, Loader, Need, mebibytes};
 pub use lifecycle::{hangups, on_hangup, shutdown_signal};
 pub use local::Local;

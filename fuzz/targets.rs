@@ -1,0 +1,207 @@
+//! What the fuzzers call, and `tests/fuzz.rs` for a few seconds: each takes any bytes and panics only where lacuna is wrong.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use lacuna::checkpoint::Checkpoint;
+use lacuna::checkpoint::gguf;
+use lacuna::checkpoint::gguf::reader::Gguf;
+use lacuna::checkpoint::tokenizer::Tokenizer;
+use lacuna::checkpoint::weights::WeightFiles;
+use lacuna::engine::request::{ModelInfo, STOPS_MAX};
+use lacuna::engine::text::Detokenizer;
+use lacuna::service::proto::GenerateRequest;
+use lacuna::tensor::Placement;
+use prost::Message;
+use tonic::Code;
+
+/// Name and body of each.
+pub const TARGETS: [(&str, fn(&[u8])); 5] =
+    [("request", request), ("safetensors", safetensors), ("gguf", gguf), ("detokenize", detokenize), ("stops", stops)];
+
+fn root() -> PathBuf {
+    // The fuzzers' own crate lies in a folder of this one.
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if here.ends_with("fuzz") { here.join("..") } else { here.into() }
+}
+
+static MODELS: LazyLock<Vec<ModelInfo>> = LazyLock::new(|| {
+    let open = |name: &str| {
+        let checkpoint = Checkpoint::open(&root().join("models").join(name)).expect("the model that ships opens");
+        let context = checkpoint.config.max_positions;
+        ModelInfo::new(checkpoint, context, Placement::CPU_F32, vec![])
+    };
+    ["nano", "nano-block", "nano-ar"].map(open).into()
+});
+
+fn tokenizer() -> &'static Tokenizer {
+    &MODELS[0].tokenizer
+}
+
+/// A message from the wire is refused with a status that fits a header, or becomes a request that fits its model.
+pub fn request(data: &[u8]) {
+    let Ok(message) = GenerateRequest::decode(data) else { return };
+    for model in MODELS.iter() {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        match lacuna::service::check(model, message.clone(), "fuzz".into(), deadline) {
+            Ok(request) => {
+                assert!(request.canvas.sequence().len() <= model.context, "{message:?}");
+                assert!(request.stops.len() <= STOPS_MAX && request.stops.iter().all(|stop| !stop.is_empty()), "{message:?}");
+                let vocabulary = model.config.vocab_size;
+                assert!(request.canvas.sequence().iter().all(|id| (*id as usize) < vocabulary), "{message:?}");
+                assert!(request.tokens() > 0);
+            }
+            Err(status) => {
+                assert!([Code::InvalidArgument, Code::FailedPrecondition].contains(&status.code()), "{status:?}: {message:?}");
+                assert!(status.message().len() < 4096 && !status.details().is_empty(), "{status:?}: {message:?}");
+            }
+        }
+    }
+}
+
+/// A weight file is refused, or its tensors can be loaded.
+pub fn safetensors(data: &[u8]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("model.safetensors"), data).expect("a file");
+    let Ok(files) = WeightFiles::open(folder.path()) else { return };
+    assert!(files.bytes() <= data.len(), "its tensors are larger than the file");
+    // Whatever a network may want of it.
+    for name in ["model.embed_tokens.weight", "a", ""] {
+        if let Ok(tensor) = files.load(name, Placement::CPU_F32) {
+            assert!(tensor.numel() <= data.len());
+        }
+    }
+}
+
+/// A GGUF file is refused, or every tensor lies within it.
+pub fn gguf(data: &[u8]) {
+    if let Ok(parsed) = Gguf::parse(data) {
+        for info in parsed.tensors().values() {
+            assert_eq!(parsed.tensor_bytes(info).len(), info.range.len());
+        }
+    } else {
+        return;
+    }
+    // Settings and vocabulary too.
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), data).expect("its bytes");
+    if let Ok((folder, _)) = gguf::open(file.path()) {
+        assert!(folder.config.is_object() && folder.tokenizer.is_object());
+    }
+}
+
+/// Tokens in parts that end where the bytes say: what is released joins to the text of all.
+pub fn detokenize(data: &[u8]) {
+    let (ids, cuts) = tokens(data);
+    let whole = tokenizer().decode(&ids, false).expect("tokens of the vocabulary");
+    let (text, given, stopped) = released(vec![], &ids, &cuts);
+    assert_eq!((text, given, stopped), (whole, ids, false));
+}
+
+/// Text behind up to four stop strings: nothing at or behind the first of them that is complete is released.
+pub fn stops(data: &[u8]) {
+    let Some((head, data)) = data.split_at_checked(5) else { return };
+    let (mut stops, mut rest) = (vec![], data);
+    for length in &head[..4] {
+        let (stop, more) = rest.split_at(usize::from(length % 9).min(rest.len()));
+        let stop = String::from_utf8_lossy(stop).into_owned();
+        stops.extend((!stop.is_empty()).then_some(stop));
+        rest = more;
+    }
+    let text = String::from_utf8_lossy(rest);
+    let Ok(ids) = tokenizer().encode(&text, false) else { return };
+    let whole = tokenizer().decode(&ids, false).expect("tokens of the vocabulary");
+    let cuts: Vec<usize> = (0..ids.len()).filter(|at| at % (usize::from(head[4]) + 1) == 0).collect();
+    let found = stops.iter().filter_map(|stop| Some((whole.find(stop.as_str())?, stop.len())));
+    let first = found.min_by_key(|(at, length)| at + length);
+    let expected = first.map_or(whole.as_str(), |(at, _)| &whole[..at]);
+    let (text, _, stopped) = released(stops.clone(), &ids, &cuts);
+    assert_eq!((text.as_str(), stopped), (expected, first.is_some()), "{stops:?} in {whole:?}, cut at {cuts:?}");
+}
+
+/// Two bytes for a token; the topmost bit says that a part ends behind it.
+fn tokens(data: &[u8]) -> (Vec<u32>, Vec<usize>) {
+    let words = data.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+    let vocabulary = tokenizer().size() as u32;
+    let ids = words.clone().map(|word| u32::from(word & 0x7fff) % vocabulary).collect();
+    (ids, words.enumerate().filter(|(_, word)| word & 0x8000 != 0).map(|(at, _)| at + 1).collect())
+}
+
+/// What a detokeniser releases of `ids` in parts that end at `cuts`.
+fn released(stops: Vec<String>, ids: &[u32], cuts: &[usize]) -> (String, Vec<u32>, bool) {
+    let mut detokenizer = Detokenizer::new(stops);
+    let (mut text, mut given, mut start) = (String::new(), vec![], 0);
+    let ends = cuts.iter().copied().filter(|cut| *cut < ids.len()).chain([ids.len()]);
+    for end in ends {
+        let released = detokenizer.push(tokenizer(), &ids[start..end], end == ids.len()).expect("tokens of the vocabulary");
+        text.push_str(&released.text);
+        given.extend(released.token_ids);
+        if released.stopped {
+            return (text, given, true);
+        }
+        start = end;
+    }
+    (text, given, false)
+}
+
+/// What to begin with, beside what has been found: one of each kind that is whole.
+pub fn seeds(target: &str) -> Vec<Vec<u8>> {
+    use lacuna::service::proto::generate_request::{Method, Prompt};
+    use lacuna::service::proto::template_piece::Piece;
+    use lacuna::service::proto::{
+        Autoregressive, Chat, Diffusion, Message as ChatMessage, Sampling, Stopping, TemplatePiece, TokenIds,
+    };
+    let fixture = |name: &str| std::fs::read(root().join("tests/fixtures").join(name)).expect("a fixture");
+    match target {
+        "request" => {
+            let hole = |piece| TemplatePiece { piece: Some(piece) };
+            let sampling =
+                Sampling { temperature: Some(0.5), top_k: Some(4), logit_bias: [(3, 1.0)].into(), ..Sampling::default() };
+            let chat = Chat { messages: vec![ChatMessage { role: "user".into(), content: "add".into() }] };
+            let requests = [
+                GenerateRequest { prompt: Some(Prompt::Text("def f(x):\n".into())), ..GenerateRequest::default() },
+                GenerateRequest {
+                    prompt: Some(Prompt::Chat(chat)),
+                    sampling: Some(sampling),
+                    stopping: Some(Stopping { max_new_tokens: Some(9), stop: vec!["\n".into()] }),
+                    method: Some(Method::Diffusion(Diffusion { steps: Some(3), threshold: None, ..Diffusion::default() })),
+                    ..GenerateRequest::default()
+                },
+                GenerateRequest {
+                    prompt: Some(Prompt::TokenIds(TokenIds { token_ids: vec![5, 6] })),
+                    method: Some(Method::Autoregressive(Autoregressive { drafter: 1, ..Autoregressive::default() })),
+                    ..GenerateRequest::default()
+                },
+                GenerateRequest {
+                    template: vec![
+                        hole(Piece::Text("a".into())),
+                        hole(Piece::Hole(4)),
+                        hole(Piece::TokenIds(TokenIds { token_ids: vec![7] })),
+                    ],
+                    ..GenerateRequest::default()
+                },
+                GenerateRequest { suffix: Some("end".into()), ..GenerateRequest::default() },
+            ];
+            requests.iter().map(Message::encode_to_vec).collect()
+        }
+        "safetensors" => {
+            let header =
+                |text: &str, data: usize| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &vec![1; data]].concat();
+            vec![
+                header(r#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}"#, 16),
+                header(
+                    r#"{"__metadata__":{"x":"y"},"a":{"dtype":"BF16","shape":[0],"data_offsets":[0,0]},"":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}"#,
+                    1,
+                ),
+            ]
+        }
+        "gguf" => vec![
+            fixture("gguf/spm.gguf"),
+            fixture("gguf/qwen2.gguf"),
+            b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0".to_vec(),
+        ],
+        "detokenize" => vec![(0..200u8).collect(), "abcäß漢🙂".bytes().flat_map(|byte| [byte, 0x80]).collect()],
+        _ => vec![b"\x02\x03\x01\x04\x00ababcaaaabab abc the text".to_vec(), "\x04\x04\0\0\x02ß漢🙂x漢🙂 und ß漢".into()],
+    }
+}
