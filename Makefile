@@ -21,7 +21,7 @@ PLAN ?= benches/plans/pair.toml
 EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build serve demo test fmt clippy doc eval bench sweep report train train-ar train-block train-drafters clean
+.PHONY: help setup setup-tests build serve demo test fuzz fmt clippy doc eval bench sweep report train train-ar train-block train-drafters clean
 
 help: ## list what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,6 +47,9 @@ demo: build ## start a server, watch a canvas resolve, stop the server
 
 test: setup setup-tests ## run every test
 	cargo test --release --locked
+
+fuzz: setup ## run each fuzzer for FUZZ_SECONDS (60)
+	@scripts/fuzz.sh
 
 fmt: ## format the code
 	cargo fmt

@@ -9,7 +9,7 @@ use lacuna::checkpoint::gguf;
 use lacuna::checkpoint::gguf::reader::Gguf;
 use lacuna::checkpoint::tokenizer::Tokenizer;
 use lacuna::checkpoint::weights::WeightFiles;
-use lacuna::engine::request::{ModelInfo, STOPS_MAX};
+use lacuna::engine::request::{ModelInfo, PRIORITY_MAX, STOPS_MAX};
 use lacuna::engine::text::Detokenizer;
 use lacuna::service::proto::GenerateRequest;
 use lacuna::tensor::Placement;
@@ -51,6 +51,7 @@ pub fn request(data: &[u8]) {
                 let vocabulary = model.config.vocab_size;
                 assert!(request.canvas.sequence().iter().all(|id| (*id as usize) < vocabulary), "{message:?}");
                 assert!(request.tokens() > 0);
+                assert!((-PRIORITY_MAX..=PRIORITY_MAX).contains(&request.priority), "{message:?}");
             }
             Err(status) => {
                 assert!([Code::InvalidArgument, Code::FailedPrecondition].contains(&status.code()), "{status:?}: {message:?}");
@@ -143,65 +144,4 @@ fn released(stops: Vec<String>, ids: &[u32], cuts: &[usize]) -> (String, Vec<u32
         start = end;
     }
     (text, given, false)
-}
-
-/// What to begin with, beside what has been found: one of each kind that is whole.
-pub fn seeds(target: &str) -> Vec<Vec<u8>> {
-    use lacuna::service::proto::generate_request::{Method, Prompt};
-    use lacuna::service::proto::template_piece::Piece;
-    use lacuna::service::proto::{
-        Autoregressive, Chat, Diffusion, Message as ChatMessage, Sampling, Stopping, TemplatePiece, TokenIds,
-    };
-    let fixture = |name: &str| std::fs::read(root().join("tests/fixtures").join(name)).expect("a fixture");
-    match target {
-        "request" => {
-            let hole = |piece| TemplatePiece { piece: Some(piece) };
-            let sampling =
-                Sampling { temperature: Some(0.5), top_k: Some(4), logit_bias: [(3, 1.0)].into(), ..Sampling::default() };
-            let chat = Chat { messages: vec![ChatMessage { role: "user".into(), content: "add".into() }] };
-            let requests = [
-                GenerateRequest { prompt: Some(Prompt::Text("def f(x):\n".into())), ..GenerateRequest::default() },
-                GenerateRequest {
-                    prompt: Some(Prompt::Chat(chat)),
-                    sampling: Some(sampling),
-                    stopping: Some(Stopping { max_new_tokens: Some(9), stop: vec!["\n".into()] }),
-                    method: Some(Method::Diffusion(Diffusion { steps: Some(3), threshold: None, ..Diffusion::default() })),
-                    ..GenerateRequest::default()
-                },
-                GenerateRequest {
-                    prompt: Some(Prompt::TokenIds(TokenIds { token_ids: vec![5, 6] })),
-                    method: Some(Method::Autoregressive(Autoregressive { drafter: 1, ..Autoregressive::default() })),
-                    ..GenerateRequest::default()
-                },
-                GenerateRequest {
-                    template: vec![
-                        hole(Piece::Text("a".into())),
-                        hole(Piece::Hole(4)),
-                        hole(Piece::TokenIds(TokenIds { token_ids: vec![7] })),
-                    ],
-                    ..GenerateRequest::default()
-                },
-                GenerateRequest { suffix: Some("end".into()), ..GenerateRequest::default() },
-            ];
-            requests.iter().map(Message::encode_to_vec).collect()
-        }
-        "safetensors" => {
-            let header =
-                |text: &str, data: usize| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &vec![1; data]].concat();
-            vec![
-                header(r#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}"#, 16),
-                header(
-                    r#"{"__metadata__":{"x":"y"},"a":{"dtype":"BF16","shape":[0],"data_offsets":[0,0]},"":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}"#,
-                    1,
-                ),
-            ]
-        }
-        "gguf" => vec![
-            fixture("gguf/spm.gguf"),
-            fixture("gguf/qwen2.gguf"),
-            b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0".to_vec(),
-        ],
-        "detokenize" => vec![(0..200u8).collect(), "abcäß漢🙂".bytes().flat_map(|byte| [byte, 0x80]).collect()],
-        _ => vec![b"\x02\x03\x01\x04\x00ababcaaaabab abc the text".to_vec(), "\x04\x04\0\0\x02ß漢🙂x漢🙂 und ß漢".into()],
-    }
 }

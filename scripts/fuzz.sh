@@ -12,10 +12,12 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-../target/fuzz} RUSTC_WRAPPER=$PWD/r
 cargo build --release --locked
 
 for target in "${targets[@]}"; do
-    mkdir -p "corpus/$target" "artifacts/$target" "$CARGO_TARGET_DIR/corpus/$target"
+    mkdir -p "artifacts/$target" "$CARGO_TARGET_DIR/corpus/$target"
     echo "== $target"
+    seeds=(corpus/"$target")
+    [ "$target" = gguf ] && seeds+=(../tests/fixtures/gguf)
     # New inputs are kept beside the build; `make fuzz` leaves the working tree as it was.
-    "$CARGO_TARGET_DIR/release/fuzz_$target" "$CARGO_TARGET_DIR/corpus/$target" "corpus/$target" -artifact_prefix="artifacts/$target/" \
-        -max_total_time="${FUZZ_SECONDS:-60}" -timeout=20 -rss_limit_mb=4096 -max_len=65536 -print_final_stats=1 2>&1 |
+    "$CARGO_TARGET_DIR/release/fuzz_$target" "$CARGO_TARGET_DIR/corpus/$target" "${seeds[@]}" -artifact_prefix="artifacts/$target/" \
+        -max_total_time="${FUZZ_SECONDS:-60}" -timeout=20 -rss_limit_mb=4096 -max_len=100000 -print_final_stats=1 2>&1 |
         grep -E "^(==|ERROR|thread|SUMMARY|stat::|#.*(DONE|INITED)|artifact)|panicked" -A1
 done

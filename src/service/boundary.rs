@@ -187,7 +187,11 @@ fn timeout(value: &[u8]) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use tower::ServiceExt;
+
     use super::*;
+    use crate::http::listen::{Acceptor, Port, Stage};
+    use crate::telemetry::{Calls, Telemetry, panics};
 
     /// What the service behind the boundary does.
     #[derive(Clone, Copy)]
@@ -223,6 +227,54 @@ mod tests {
         let Ok(response) = answer.await;
         assert_eq!(*calls.borrow(), 0, "the call no longer counts");
         response.extensions().get::<Status>().cloned().expect("a status")
+    }
+
+    /// A panic on one stream of a connection, and calls on the others: over the network, through all that a call passes.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_panic_ends_one_call_and_is_counted() {
+        panics::watch();
+        let before = panics::count();
+        let telemetry = Telemetry::default();
+        let handle = |request: Request<Body>| async move {
+            assert_ne!(request.uri().path(), "/panic", "as the test wants it");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            Ok::<_, Infallible>(Status::not_found("nothing is here").into_http())
+        };
+        let service = Boundary::new(Duration::from_secs(60)).layer(tower::service_fn(handle));
+        let service = service.map_request(|request: Request<axum::body::Body>| request.map(Body::new));
+        let router = axum::Router::new().fallback_service(service).layer(Calls::new(telemetry.clone(), &[]));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let port =
+            Port { listener, acceptor: Acceptor::Plain, http2_only: true, connections_max: 4, streams_per_connection_max: 16 };
+        let (_stage, stages) = watch::channel(Stage::Open);
+        tokio::spawn(port.serve(router, stages));
+
+        let stream = tokio::net::TcpStream::connect(address).await.expect("it listens");
+        let (mut sender, connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+        tokio::spawn(async move { drop(connection.await) });
+        let mut answers = vec![];
+        for path in ["/one", "/panic", "/two", "/panic", "/three"] {
+            sender = sender.ready().await.expect("room for a stream");
+            let request = Request::post(format!("http://{address}{path}")).header("content-type", "application/grpc");
+            let (answer, _) = sender.send_request(request.body(()).expect("a request"), true).expect("a stream");
+            answers.push(answer);
+        }
+        let mut codes = vec![];
+        for answer in answers {
+            let answer = answer.await.expect("an answer");
+            codes.push(answer.headers().get("grpc-status").expect("a status").to_str().expect("ascii").to_owned());
+        }
+        assert_eq!(codes, ["5", "13", "5", "13", "5"]);
+        assert!(panics::count() >= before + 2);
+        let figures = telemetry.metrics.render();
+        for line in [
+            "lacuna_requests_total{model=\"\",method=\"other\",code=\"INTERNAL\"} 2",
+            "lacuna_requests_total{model=\"\",method=\"other\",code=\"NOT_FOUND\"} 3",
+            "lacuna_requests_inflight{method=\"other\"} 0",
+        ] {
+            assert!(figures.contains(line), "{line}: {figures}");
+        }
     }
 
     #[tokio::test]

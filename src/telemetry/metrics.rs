@@ -112,19 +112,23 @@ struct Watched {
     readings: Readings,
     bytes_per_token: usize,
     gauges: Vec<Gauge>,
-    counters: Vec<Counter>,
+    /// With what has been counted already: a model that is loaded anew begins at 0, its counters go on.
+    counters: Vec<(Counter, u64)>,
 }
 
 impl Watched {
     /// False once the engine is gone; its gauges are 0 then.
-    fn read(&self) -> bool {
+    fn read(&mut self) -> bool {
         let Some((load, drafted)) = self.readings.take() else {
             self.gauges.iter().for_each(|gauge| gauge.set(0.0));
             return false;
         };
         let reading = Reading { load, drafted, bytes_per_token: self.bytes_per_token };
         self.gauges.iter().zip(READ_GAUGES).for_each(|(gauge, (_, of))| gauge.set(of(&reading) as f64));
-        self.counters.iter().zip(READ_COUNTERS).for_each(|(counter, (_, of))| counter.absolute(of(&reading)));
+        for ((counter, counted), (_, of)) in self.counters.iter_mut().zip(READ_COUNTERS) {
+            counter.increment(of(&reading).saturating_sub(*counted));
+            *counted = of(&reading);
+        }
         true
     }
 }
@@ -192,7 +196,7 @@ impl Metrics {
             readings: engine.readings(),
             bytes_per_token,
             gauges: READ_GAUGES.iter().map(|(name, _)| self.gauge(name, &model)).collect(),
-            counters: READ_COUNTERS.iter().map(|(name, _)| self.counter(name, &model)).collect(),
+            counters: READ_COUNTERS.iter().map(|(name, _)| (self.counter(name, &model), 0)).collect(),
         };
         engine.count_into(self.meter(info));
         self.watched.lock().unwrap_or_else(PoisonError::into_inner).push(watched);
@@ -200,7 +204,7 @@ impl Metrics {
 
     /// All figures, as Prometheus reads them.
     pub fn render(&self) -> String {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner).retain(Watched::read);
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner).retain_mut(Watched::read);
         self.panics.absolute(panics::count());
         self.recorder.handle().render()
     }

@@ -89,6 +89,7 @@ fn cases() -> Vec<(GenerateRequest, &'static str)> {
         (prompt(Prompt::Chat(Chat { messages: vec![] })), "chat"),
         (request(&"many words ".repeat(200)), "stopping.max_new_tokens"),
         (request(&"x".repeat((1 << 20) + 1)), "text"),
+        (GenerateRequest { priority: Some(i32::MIN), ..request(PROMPT) }, "priority"),
     ]
 }
 

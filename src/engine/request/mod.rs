@@ -222,7 +222,7 @@ pub fn validate(model: &ModelInfo, options: GenerateOptions) -> Result<Request, 
             Method::Autoregressive(autoregressive::parameters(model, &options, prompt.len() + fixed, &pieces)?)
         }
     };
-    if options.priority.abs() > PRIORITY_MAX {
+    if !(-PRIORITY_MAX..=PRIORITY_MAX).contains(&options.priority) {
         return invalid("priority", format!("{} is not from -{PRIORITY_MAX} to {PRIORITY_MAX}", options.priority));
     }
     let GenerateOptions { id, stops, steps, deadline, priority, .. } = options;
