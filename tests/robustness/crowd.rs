@@ -11,14 +11,13 @@ use crate::wire::{call, closed, h2, half_open};
 #[tokio::test(flavor = "multi_thread")]
 async fn half_open_connections_are_let_go() {
     let process = Process::start(&[]);
-    let mut peers = half_open(&process).await;
+    let peers = half_open(&process).await;
     generate(&mut process.client(), request(PROMPT)).await.expect("the others are served");
     assert_eq!(process.get("/health").0, 200);
     // Those that have not said what they speak are the first: ten seconds.
     let begun = Instant::now();
-    let silent: Vec<_> = peers.drain(..).collect();
     let mut left = 0;
-    for mut peer in silent {
+    for mut peer in peers {
         let patience = Duration::from_secs(20).saturating_sub(begun.elapsed()).max(Duration::from_millis(50));
         left += usize::from(!closed(&mut peer, patience).await);
     }
