@@ -16,8 +16,10 @@ use lacuna::tensor::Placement;
 use prost::Message;
 use tonic::Code;
 
-/// Name and body of each.
-pub const TARGETS: [(&str, fn(&[u8])); 5] =
+/// Name and body of a fuzzer.
+pub type Target = (&'static str, fn(&[u8]));
+
+pub const TARGETS: [Target; 5] =
     [("request", request), ("safetensors", safetensors), ("gguf", gguf), ("detokenize", detokenize), ("stops", stops)];
 
 fn root() -> PathBuf {

@@ -245,8 +245,14 @@ mod tests {
         let router = axum::Router::new().fallback_service(service).layer(Calls::new(telemetry.clone(), &[]));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
-        let port =
-            Port { listener, acceptor: Acceptor::Plain, http2_only: true, connections_max: 4, streams_per_connection_max: 16 };
+        let port = Port {
+            listener,
+            acceptor: Acceptor::Plain,
+            http2_only: true,
+            connections_max: 4,
+            streams_per_connection_max: 16,
+            stall_time_max: Duration::from_secs(60),
+        };
         let (_stage, stages) = watch::channel(Stage::Open);
         tokio::spawn(port.serve(router, stages));
 
