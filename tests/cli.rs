@@ -282,6 +282,11 @@ fn generate_by_a_server_gives_what_generate_here_gives_and_sigterm_ends_the_serv
         assert_eq!(here[field], there[field], "{field}");
     }
     assert_eq!(here["usage"]["forwards"], there["usage"]["forwards"]);
+    // Settings hold there too, whether or not their method is named.
+    let stepwise = json(&well(&["generate", PROMPT, "--json", "--steps", "5", "--no-finish-early", "--server", &address]));
+    assert_eq!(stepwise["usage"]["steps"], 5);
+    let torn = ill(&["generate", PROMPT, "--server", &address, "--steps", "5", "--drafter", "lookup"], 1);
+    assert!(torn.contains("both methods"), "{torn}");
     let refused = ill(&["generate", PROMPT, "--server", &address, "--max-new-tokens", "100000"], 1);
     assert!(refused.contains("stopping.max_new_tokens"), "{refused}");
     // SAFETY: the child has not been waited for, so its id is its own.

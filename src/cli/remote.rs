@@ -12,7 +12,7 @@ use super::connection::ConnectionFlags;
 use crate::checkpoint::chat::Message;
 use crate::decode::autoregressive::Speculation;
 use crate::decode::{Edit, FinishReason, Status, Step};
-use crate::engine::request::{GenerateOptions, MethodKind, Prompt, TemplatePiece};
+use crate::engine::request::{AutoregressiveOptions, DiffusionOptions, GenerateOptions, MethodKind, Prompt, TemplatePiece};
 use crate::engine::{Event, Forwards, Logprob, Usage};
 use crate::service::proto::generation_client::GenerationClient;
 use crate::service::proto::models_client::ModelsClient;
@@ -40,6 +40,12 @@ pub struct Wire {
 impl Remote {
     /// Starts a generation on the server at `address`.
     pub fn start(address: &str, flags: &ConnectionFlags, options: &GenerateOptions) -> Result<Self> {
+        let diffuses = options.diffusion != DiffusionOptions::default() || options.method == Some(MethodKind::Diffusion);
+        let decodes =
+            options.autoregressive != AutoregressiveOptions::default() || options.method == Some(MethodKind::Autoregressive);
+        if diffuses && decodes {
+            bail!("there are settings of both methods: leave those of one out");
+        }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
         let (stream, ends) = runtime.block_on(async {
             let channel = flags.connect(address).await?;
@@ -187,6 +193,12 @@ pub fn usage(usage: proto::Usage) -> Usage {
 
 /// The options as a message.
 pub fn request(options: &GenerateOptions) -> proto::GenerateRequest {
+    // A message has settings of a method by naming it: where nobody has, it is the one that has some.
+    let method = match options.method {
+        None if options.diffusion != DiffusionOptions::default() => Some(MethodKind::Diffusion),
+        None if options.autoregressive != AutoregressiveOptions::default() => Some(MethodKind::Autoregressive),
+        method => method,
+    };
     let tokens = |ids: &[u32]| proto::TokenIds { token_ids: ids.to_vec() };
     let piece = |piece: &TemplatePiece| proto::TemplatePiece {
         piece: Some(match piece {
@@ -207,7 +219,7 @@ pub fn request(options: &GenerateOptions) -> proto::GenerateRequest {
         prompt: Some(prompt),
         template: options.template.iter().map(piece).collect(),
         sampling: Some(sampling_message(&options.sampling)),
-        method: options.method.map(|method| match method {
+        method: method.map(|method| match method {
             MethodKind::Diffusion => generate_request::Method::Diffusion(diffusion_message(&options.diffusion)),
             MethodKind::Autoregressive => {
                 generate_request::Method::Autoregressive(autoregressive_message(&options.autoregressive))
