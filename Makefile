@@ -2,6 +2,8 @@
 SHELL := bash
 MODEL ?= models/nano
 ADDRESS ?= 127.0.0.1:50051
+# Served beside it, to compare with.
+SIBLING ?= models/nano-ar
 LACUNA := target/release/lacuna
 # How the model that ships was trained; its folder's training/curve.jsonl has the curve.
 TRAIN ?= --minutes 85 --batch 16 --learning-rate 1e-3 --dtype bf16 --seed 1
@@ -36,11 +38,12 @@ setup-tests: ## install what the tests' clients need: .venv, tests/node, Chromiu
 build: setup ## build target/release/lacuna
 	cargo build --release --locked
 
-serve: build ## serve MODEL on ADDRESS
+serve: build ## serve MODEL and SIBLING on ADDRESS, with a page
 	@echo 'Call it from another terminal (README.md has Python too):'
 	@echo "  $(LACUNA) generate --server $(ADDRESS) \$$'$(EXAMPLE)'"
 	@echo "  grpcurl -plaintext -d '{\"text\": \"$(EXAMPLE)\"}' $(ADDRESS) lacuna.v1.Generation/Generate"
-	$(LACUNA) serve --model $(MODEL) --address $(ADDRESS)
+	@echo 'Or watch it on the page whose address is logged below'
+	$(LACUNA) serve $(addprefix --model ,$(MODEL) $(filter-out $(MODEL),$(SIBLING))) --address $(ADDRESS)
 
 demo: build ## start a server, watch a canvas resolve, stop the server
 	@scripts/demo.sh $(MODEL)

@@ -50,7 +50,8 @@ export class Recording {
 
     record(step) {
         this.edits += step.edits.length;
-        const edits = this.edits > EDITS_MAX ? step.edits.filter((edit) => edit.status !== "EDIT_STATUS_PROVISIONAL") : step.edits;
+        const edits =
+            this.edits > EDITS_MAX ? step.edits.filter((edit) => edit.status !== "EDIT_STATUS_PROVISIONAL") : step.edits;
         this.steps.push({ ...step, edits });
         this.newest = { position: this.length, cells: this.advance(this.newest.cells, step) };
         if (this.length % KEYFRAME_STEPS === 0) this.keyframes.push(this.newest.cells);

@@ -7,18 +7,20 @@ import { Schema } from "./protobuf.js";
 const TOKEN = "lacuna.token";
 /** From the first try again to the longest wait. */
 const RETRY_MS = [500, 5000];
+/** For each answer. */
+const PATIENCE_MS = 10_000;
 
 export class Connection {
     /**
-     * `tell` is told of each change: `{ state, models, error }`. The states: "connecting", "ready", "away" (it does not answer),
-     * "draining" (it is shutting down), "locked" (it wants a token).
+     * `tell` is told of each change: `{ state, before, models, error }`. The states: "connecting", "ready", "away" (it does not
+     * answer), "unready" (it is starting or shutting down), "locked" (it wants a token).
      */
     constructor(tell) {
         this.tell = tell;
         this.state = "connecting";
         this.channel = undefined;
         this.attempt = 0;
-        this.timer = undefined;
+        this.wait = RETRY_MS[0];
     }
 
     get token() {
@@ -30,39 +32,60 @@ export class Connection {
         this.open();
     }
 
+    /** Asks for all that must be known of the server, now and until it answers. */
     async open() {
         clearTimeout(this.timer);
         const attempt = ++this.attempt;
         try {
-            const response = await fetch("lacuna.v1.descriptors", { cache: "no-cache", headers: this.token ? { authorization: `Bearer ${this.token}` } : {} }).catch(() => {
-                throw new CallError("UNREACHABLE", "the server does not answer");
-            });
-            if (!response.ok) throw new CallError(response.status === 401 ? "UNAUTHENTICATED" : "UNAVAILABLE", `HTTP status ${response.status}`);
-            const bytes = await response.arrayBuffer().catch(() => {
-                throw new CallError("BROKEN", "the connection broke");
-            });
-            const channel = new Channel(Schema.read(new Uint8Array(bytes)), () => this.token);
-            const { models } = await channel.unary("/lacuna.v1.Models/List", {}, AbortSignal.timeout(10_000));
+            const found = await this.ask();
             if (attempt !== this.attempt) return;
-            this.channel = channel;
+            this.channel = found.channel;
             this.wait = RETRY_MS[0];
-            this.be("ready", { models });
+            this.be("ready", { models: found.models });
         } catch (error) {
-            if (attempt === this.attempt) this.failed(error);
+            if (attempt === this.attempt)
+                this.lose(error instanceof CallError ? error : new CallError("UNREACHABLE", String(error)));
         }
     }
 
-    /** A call failed: perhaps the server is gone. Says whether that is so, rather than something wrong with the call. */
+    async ask() {
+        const health = await this.get("health");
+        if (health.status === 503) throw new CallError("UNAVAILABLE", "the server is starting or shutting down");
+        const descriptors = await this.get("lacuna.v1.descriptors");
+        if (descriptors.status === 401) throw new CallError("UNAUTHENTICATED", "it is not known here");
+        if (!descriptors.ok) throw new CallError("UNREACHABLE", `the server answers with HTTP status ${descriptors.status}`);
+        const channel = new Channel(Schema.read(new Uint8Array(await descriptors.arrayBuffer())), () => this.token);
+        const { models } = await channel.unary("/lacuna.v1.Models/List", {}, AbortSignal.timeout(PATIENCE_MS));
+        // One that is on its way in or out has but a name.
+        const ready = models.filter((model) => model.capabilities);
+        if (ready.length === 0) throw new CallError("UNAVAILABLE", "the server has no model that is ready");
+        return { channel, models: ready };
+    }
+
+    get(path) {
+        const headers = this.token ? { authorization: `Bearer ${this.token}` } : {};
+        return fetch(path, { cache: "no-cache", headers, signal: AbortSignal.timeout(PATIENCE_MS) });
+    }
+
+    /** A call failed. Says whether that is because of the server as a whole, rather than of the call. */
     failed(error) {
-        const states = { UNREACHABLE: "away", BROKEN: "away", UNAVAILABLE: "draining", UNAUTHENTICATED: "locked" };
-        const state = states[error.code] ?? (this.channel ? undefined : "away");
-        if (!state) return false;
+        if (["UNREACHABLE", "BROKEN", "UNAUTHENTICATED"].includes(error.code)) {
+            this.lose(error);
+            return true;
+        }
+        // It may be shutting down, or a model may be on its way out: that is soon known.
+        if (["UNAVAILABLE", "NOT_FOUND"].includes(error.code)) this.open();
+        return false;
+    }
+
+    lose(error) {
+        const state = { UNAUTHENTICATED: "locked", UNAVAILABLE: "unready" }[error.code] ?? "away";
         this.be(state, { error });
-        if (state === "locked") return true;
-        this.wait = Math.min(this.state === "ready" ? RETRY_MS[0] : (this.wait ?? RETRY_MS[0]) * 1.5, RETRY_MS[1]);
         clearTimeout(this.timer);
+        // Until there is another token, asking again would not help.
+        if (state === "locked") return;
         this.timer = setTimeout(() => this.open(), this.wait);
-        return true;
+        this.wait = Math.min(1.5 * this.wait, RETRY_MS[1]);
     }
 
     be(state, told) {

@@ -31,16 +31,27 @@ export function forwards(usage) {
 /** The list below a canvas, as elements. */
 export function figures(usage, recording) {
     if (!usage) return [];
-    const kinds = Object.entries(usage.forwards ?? {}).filter(([, count]) => count > 0).map(([kind, count]) => `${count} ${kind.replace("_", " ")}`);
+    const kinds = Object.entries(usage.forwards ?? {})
+        .filter(([, count]) => count > 0)
+        .map(([kind, count]) => `${count} ${kind.replace("_", " ")}`);
     const rows = [
         ["tokens", plain.format(usage.generated_tokens)],
         ["forwards", plain.format(forwards(usage)), kinds.join(", ")],
         ["tokens/forward", fine.format(usage.tokens_per_forward)],
         ["first text", seconds(usage.first_committed_seconds), "from getting a place to the first committed token"],
-        ["in all", seconds(usage.preparing_seconds + usage.queue_seconds + usage.decoding_seconds), `${seconds(usage.queue_seconds)} of it waiting`],
+        [
+            "in all",
+            seconds(usage.preparing_seconds + usage.queue_seconds + usage.decoding_seconds),
+            `${seconds(usage.queue_seconds)} of it waiting`,
+        ],
     ];
     const drafts = usage.speculation;
-    if (drafts) rows.push(["acceptance length", drafts.drafts > 0 ? fine.format(drafts.acceptance_length) : "no drafts", `${drafts.accepted_tokens} tokens accepted of ${drafts.drafts} drafts`]);
+    if (drafts)
+        rows.push([
+            "acceptance length",
+            drafts.drafts > 0 ? fine.format(drafts.acceptance_length) : "no drafts",
+            `${drafts.accepted_tokens} tokens accepted of ${drafts.drafts} drafts`,
+        ]);
     if (recording.finished.reason === "FINISH_REASON_LENGTH") rows.push(["ended", "canvas full"]);
     return rows.map(row);
 }
@@ -59,7 +70,11 @@ function row([name, value, more]) {
 /** What two finished lanes came to, in a sentence. */
 export function outcome(first, second) {
     const [left, right] = [first, second].map((lane) => lane.recording.finished.usage.decoding_seconds);
-    const names = [first, second].map((lane) => (lane.method === "diffusion" ? "Diffusion" : "Autoregression") + (first.method === second.method ? ` (${lane.model.name})` : ""));
+    const names = [first, second].map(
+        (lane) =>
+            (lane.method === "diffusion" ? "Diffusion" : "Autoregression") +
+            (first.method === second.method ? ` (${lane.model.name})` : ""),
+    );
     const [ahead, behind] = left <= right ? [0, 1] : [1, 0];
     const times = Math.max(left, right) / Math.max(Math.min(left, right), 1e-9);
     const same = first.recording.text === second.recording.text ? "Both wrote the same text." : "The texts differ.";

@@ -10,13 +10,33 @@ const HEADER_BYTES = 5;
 const TRAILERS = 0x80;
 
 const CODES = [
-    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS",
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
     "UNAUTHENTICATED",
 ];
 
 /** What an HTTP status means where there is no gRPC status, as gRPC's own mapping has it. */
-const HTTP_CODES = { 400: "INTERNAL", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "UNIMPLEMENTED", 429: "UNAVAILABLE" };
+const HTTP_CODES = {
+    400: "INTERNAL",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "UNIMPLEMENTED",
+    429: "UNAVAILABLE",
+};
 
 const DETAILS = new Schema();
 DETAILS.addFile(
@@ -74,7 +94,11 @@ export class Channel {
             await response.body?.cancel();
             return succeed(response.headers);
         }
-        if (!response.ok) throw new CallError(HTTP_CODES[response.status] ?? "UNAVAILABLE", `the server answered with HTTP status ${response.status}`);
+        if (!response.ok)
+            throw new CallError(
+                HTTP_CODES[response.status] ?? "UNAVAILABLE",
+                `the server answered with HTTP status ${response.status}`,
+            );
         let trailers;
         for await (const { flags, bytes } of frames(response.body, signal)) {
             if (flags & TRAILERS) trailers = new Headers(parseTrailers(bytes));
@@ -85,7 +109,11 @@ export class Channel {
     }
 
     async send(path, body, signal) {
-        const headers = { "content-type": "application/grpc-web+proto", accept: "application/grpc-web+proto", "x-grpc-web": "1" };
+        const headers = {
+            "content-type": "application/grpc-web+proto",
+            accept: "application/grpc-web+proto",
+            "x-grpc-web": "1",
+        };
         const token = this.token();
         if (token) headers.authorization = `Bearer ${token}`;
         try {
@@ -113,7 +141,8 @@ export async function* frames(body, signal) {
             let length;
             while (pending.length >= HEADER_BYTES) {
                 length = new DataView(pending.buffer, pending.byteOffset).getUint32(1);
-                if (length > MESSAGE_BYTES_MAX) throw new CallError("RESOURCE_EXHAUSTED", "the server sent a message that is too large");
+                if (length > MESSAGE_BYTES_MAX)
+                    throw new CallError("RESOURCE_EXHAUSTED", "the server sent a message that is too large");
                 if (pending.length < HEADER_BYTES + length) break;
                 yield { flags: pending[0], bytes: pending.subarray(HEADER_BYTES, HEADER_BYTES + length) };
                 pending = pending.subarray(HEADER_BYTES + length);
@@ -143,7 +172,9 @@ async function read(reader, signal) {
 
 function parseTrailers(bytes) {
     const lines = new TextDecoder().decode(bytes).split("\r\n");
-    return lines.filter((line) => line.includes(":")).map((line) => [line.slice(0, line.indexOf(":")).trim(), line.slice(line.indexOf(":") + 1).trim()]);
+    return lines
+        .filter((line) => line.includes(":"))
+        .map((line) => [line.slice(0, line.indexOf(":")).trim(), line.slice(line.indexOf(":") + 1).trim()]);
 }
 
 /** Throws what trailers say unless it is OK. */
@@ -151,7 +182,11 @@ function succeed(trailers) {
     const number = Number(trailers.get("grpc-status") ?? 2);
     if (number === 0) return;
     const message = unescaped(trailers.get("grpc-message") ?? "");
-    throw new CallError(CODES[number] ?? "UNKNOWN", message || "the server did not say why", readDetails(trailers.get("grpc-status-details-bin")));
+    throw new CallError(
+        CODES[number] ?? "UNKNOWN",
+        message || "the server did not say why",
+        readDetails(trailers.get("grpc-status-details-bin")),
+    );
 }
 
 function unescaped(message) {
@@ -167,13 +202,17 @@ function readDetails(header) {
     const found = {};
     try {
         const binary = atob((header ?? "").replaceAll("-", "+").replaceAll("_", "/").replace(/=+$/, ""));
-        const status = DETAILS.decode("google.rpc.Status", Uint8Array.from(binary, (character) => character.charCodeAt(0)));
+        const status = DETAILS.decode(
+            "google.rpc.Status",
+            Uint8Array.from(binary, (character) => character.charCodeAt(0)),
+        );
         for (const { type_url, value } of status.details) {
             const name = type_url?.split("/").pop();
             if (!DETAILS.messages.has(name)) continue;
             const detail = DETAILS.decode(name, value);
             if (name === "google.rpc.BadRequest") found.violations = detail.field_violations;
-            if (name === "google.rpc.RetryInfo") found.retrySeconds = (detail.retry_delay?.seconds ?? 0) + (detail.retry_delay?.nanos ?? 0) / 1e9;
+            if (name === "google.rpc.RetryInfo")
+                found.retrySeconds = (detail.retry_delay?.seconds ?? 0) + (detail.retry_delay?.nanos ?? 0) / 1e9;
             if (name === "google.rpc.RequestInfo") found.requestId = detail.request_id;
         }
     } catch (error) {

@@ -14,7 +14,13 @@ const DRAFTERS = {
     DRAFTER_LOOKUP: "prompt lookup",
 };
 const RULES = { steps: "Steps", threshold: "Threshold", factor: "Factor", entropy_bound: "Nats" };
-const ORDERS = { ORDER_CONFIDENCE: "confident first", ORDER_MARGIN: "clearest first", ORDER_ENTROPY: "lowest entropy first", ORDER_RANDOM: "in any order", ORDER_LEFT_TO_RIGHT: "left to right" };
+const ORDERS = {
+    ORDER_CONFIDENCE: "confident first",
+    ORDER_MARGIN: "clearest first",
+    ORDER_ENTROPY: "lowest entropy first",
+    ORDER_RANDOM: "in any order",
+    ORDER_LEFT_TO_RIGHT: "left to right",
+};
 
 /** What a lane's settings are called where the page is shared. */
 const SETTINGS = ["model", "method", "rule", "value", "block-length", "order", "drafter", "draft-length"];
@@ -40,10 +46,10 @@ export class Lane {
     }
 
     listen() {
+        this.find(".rule").addEventListener("input", () => (this.find(".value").value = this.usualValue()));
         for (const control of this.root.querySelectorAll(".head select, .options select, .options input")) {
             control.addEventListener("input", () => this.settle());
         }
-        this.find(".rule").addEventListener("input", () => (this.find(".value").value = this.usualValue()));
         this.find(".play").addEventListener("click", () => this.toggle());
         this.find(".slider").addEventListener("input", ({ target }) => {
             this.replay.stop();
@@ -51,7 +57,9 @@ export class Lane {
         });
         this.find(".canvas").addEventListener("keydown", (event) => this.key(event));
         this.find(".copy").addEventListener("click", () => this.copy());
-        this.find(".seed").addEventListener("click", () => this.root.dispatchEvent(new CustomEvent("seed", { detail: this.seed })));
+        this.find(".seed").addEventListener("click", () =>
+            this.root.dispatchEvent(new CustomEvent("seed", { detail: this.seed })),
+        );
     }
 
     /** The seed in force, as digits. */
@@ -97,7 +105,8 @@ export class Lane {
     }
 
     usualModel() {
-        const can = ({ capabilities }) => (this.kind === "diffusion" ? capabilities.diffusion : capabilities.autoregressive && !capabilities.diffusion);
+        const can = ({ capabilities }) =>
+            this.kind === "diffusion" ? capabilities.diffusion : capabilities.autoregressive && !capabilities.diffusion;
         return this.models.find(can) ?? this.models.find(({ capabilities }) => capabilities[this.kind]);
     }
 
@@ -109,7 +118,12 @@ export class Lane {
     }
 
     usualValue() {
-        const usual = { steps: String(Math.max(Math.floor((this.model?.default_max_new_tokens ?? 48) / 6), 1)), threshold: "0.9", factor: "1", entropy_bound: "0.5" };
+        const usual = {
+            steps: String(Math.max(Math.floor((this.model?.default_max_new_tokens ?? 48) / 6), 1)),
+            threshold: "0.9",
+            factor: "1",
+            entropy_bound: "0.5",
+        };
         return usual[this.find(".rule").value] ?? "";
     }
 
@@ -149,9 +163,16 @@ export class Lane {
             return drafter.value === "DRAFTER_NONE" ? "one token at a time" : `drafts by ${drafter.selectedOptions[0].text}`;
         }
         const value = this.find(".value").value;
-        const rule = { steps: `${value} steps`, threshold: `threshold ${value}`, factor: `factor ${value}`, entropy_bound: `entropy up to ${value}` }[this.find(".rule").value];
+        const rule = {
+            steps: `${value} steps`,
+            threshold: `threshold ${value}`,
+            factor: `factor ${value}`,
+            entropy_bound: `entropy up to ${value}`,
+        }[this.find(".rule").value];
         const block = this.find(".block-length").value;
-        return [rule ?? "the model's own pace", block && `blocks of ${block}`, ORDERS[this.find(".order").value]].filter(Boolean).join(" · ");
+        return [rule ?? "the model's own pace", block && `blocks of ${block}`, ORDERS[this.find(".order").value]]
+            .filter(Boolean)
+            .join(" · ");
     }
 
     get settings() {
@@ -163,7 +184,8 @@ export class Lane {
         if (this.models.length === 0) this.wanted = settings;
         for (const [name, value] of Object.entries(settings)) {
             const control = this.find(`.${name}`);
-            if (control.matches("input") || [...control.options].some((option) => option.value === value)) control.value = value;
+            if (control.matches("input") || [...control.options].some((option) => option.value === value))
+                control.value = value;
             // What a select holds may depend on those before it.
             if (this.models.length > 0) this.settle();
         }
@@ -173,11 +195,15 @@ export class Lane {
     methodMessage() {
         if (this.method === "autoregressive") {
             const drafter = this.find(".drafter").value;
-            const draft_length = drafter === "DRAFTER_NONE" ? undefined : whole(this.find(".draft-length"), "autoregressive.draft_length");
+            const draft_length =
+                drafter === "DRAFTER_NONE" ? undefined : whole(this.find(".draft-length"), "autoregressive.draft_length");
             return { autoregressive: { drafter, draft_length } };
         }
         const rule = this.find(".rule").value;
-        const diffusion = { block_length: whole(this.find(".block-length"), "diffusion.block_length"), order: this.find(".order").value || undefined };
+        const diffusion = {
+            block_length: whole(this.find(".block-length"), "diffusion.block_length"),
+            order: this.find(".order").value || undefined,
+        };
         if (rule !== "") {
             const path = `diffusion.${rule}`;
             const value = rule === "steps" ? whole(this.find(".value"), path) : real(this.find(".value"), path);
@@ -189,7 +215,8 @@ export class Lane {
 
     /** Why this lane cannot do a request, if it cannot. */
     unable({ template }) {
-        if (template && !this.model.capabilities.infill) return `${this.model.name} writes from left to right: it cannot fill a hole.`;
+        if (template && !this.model.capabilities.infill)
+            return `${this.model.name} writes from left to right: it cannot fill a hole.`;
         return undefined;
     }
 
@@ -209,6 +236,13 @@ export class Lane {
         this.find(".message").classList.toggle("failed", failed);
     }
 
+    /** Says why it does not run at all. */
+    refuse(reason) {
+        this.reset();
+        this.root.dataset.state = "refused";
+        this.say(reason);
+    }
+
     wait(prompt) {
         this.reset();
         this.prompt = prompt;
@@ -225,7 +259,11 @@ export class Lane {
         this.find(".canvas").setAttribute("aria-busy", "true");
         this.recording = new Recording(this.model.end_token_ids);
         try {
-            for await (const event of channel.stream("/lacuna.v1.Generation/Generate", { model: this.model.name, ...request, ...this.methodMessage() }, signal)) {
+            for await (const event of channel.stream(
+                "/lacuna.v1.Generation/Generate",
+                { model: this.model.name, ...request, ...this.methodMessage() },
+                signal,
+            )) {
                 this.recording.apply(event);
                 this.drawSoon();
             }
@@ -275,7 +313,11 @@ export class Lane {
         this.find(".play").disabled = slider.disabled;
         this.find(".copy").disabled = recording.text === "";
         const step = recording.steps[position - 1]?.step;
-        const words = recording.started ? (step === undefined ? "before the first step" : `step ${step + 1} of ${recording.steps.at(-1).step + 1}`) : "";
+        const words = recording.started
+            ? step === undefined
+                ? "before the first step"
+                : `step ${step + 1} of ${recording.steps.at(-1).step + 1}`
+            : "";
         slider.setAttribute("aria-valuetext", words);
         this.find(".position").textContent = words;
         const usage = recording.finished?.usage;
@@ -304,7 +346,11 @@ export class Lane {
 
 /** Browsers give pages that came without encryption no clipboard, but a selection they copy. */
 export async function copy(text) {
-    if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+    if (navigator.clipboard)
+        return navigator.clipboard.writeText(text).then(
+            () => true,
+            () => false,
+        );
     const before = document.activeElement;
     const area = document.createElement("textarea");
     area.value = text;

@@ -3,6 +3,7 @@
 import { Connection } from "./connection.js";
 import { EXAMPLES } from "./examples.js";
 import { outcome } from "./figures.js";
+import { CallError } from "./grpc.js";
 import { copy, Lane } from "./lane.js";
 import { parse, PromptBox } from "./prompt.js";
 import { Replay } from "./replay.js";
@@ -27,20 +28,24 @@ let running;
 
 const BANNERS = {
     away: "The server does not answer. Perhaps it was stopped, or is starting again: this page goes on asking, and says so when it is back.",
-    draining: "The server is shutting down and takes nothing new. This page goes on asking until it is back.",
+    unready:
+        "The server is starting or shutting down, and takes no requests. This page goes on asking, and says so when it does.",
+    back: "The server is back. What it was doing for this page is lost: run it again.",
     locked: "The server wants a bearer token.",
 };
+const STATES = { ready: "connected", away: "no answer", unready: "not ready", locked: "locked" };
 
 function connected({ state, before, models, error }) {
     document.body.dataset.server = state;
     $("access").hidden = state !== "locked";
-    const banner = BANNERS[state] ?? "";
-    if (state === "locked" && connection.token) $("banner").textContent = `The server does not take this token: ${error.message}`;
-    else if (state === "ready" && (before === "away" || before === "draining")) $("banner").textContent = "The server is back. What it was doing is lost: run it again.";
-    else if ($("banner").textContent !== banner || state !== "ready") $("banner").textContent = banner;
-    $("banner").hidden = $("banner").textContent === "";
-    $("banner").classList.toggle("good", state === "ready");
-    $("server").textContent = { ready: "connected", away: "no answer", draining: "shutting down", locked: "locked", connecting: "connecting …" }[state];
+    const missed = state === "ready" && (before === "away" || before === "unready");
+    say(
+        state === "locked" && connection.token
+            ? `The server does not take this token: ${error.message}`
+            : (BANNERS[missed ? "back" : state] ?? ""),
+        missed,
+    );
+    $("server").textContent = STATES[state];
     if (state === "locked") $("token").focus();
     if (models) {
         for (const lane of lanes) lane.setModels(models);
@@ -50,9 +55,21 @@ function connected({ state, before, models, error }) {
     $("run").disabled = state !== "ready" && !running;
 }
 
+/** Above everything, since it concerns everything. */
+function say(message, good = false) {
+    $("banner").hidden = message === "";
+    $("banner").classList.toggle("good", good);
+    // Said once, however often it is found.
+    if ($("banner").textContent !== message) $("banner").textContent = message;
+}
+
 async function countTokens(text) {
     const model = lanes.find((lane) => lane.model?.capabilities.infill)?.model.name ?? "";
-    const { tokens } = await connection.channel.unary("/lacuna.v1.Tokenization/Tokenize", { model, text }, AbortSignal.timeout(2000));
+    const { tokens } = await connection.channel.unary(
+        "/lacuna.v1.Tokenization/Tokenize",
+        { model, text },
+        AbortSignal.timeout(2000),
+    );
     return tokens.length;
 }
 
@@ -61,7 +78,8 @@ async function countTokens(text) {
 /** What all lanes are asked, as fields of a GenerateRequest. */
 function sharedRequest() {
     const { text, template } = parse(prompt.text);
-    if ($("chat").checked && template) throw new FieldProblem("prompt", "a chat message has no holes: send it as it is, or take them out");
+    if ($("chat").checked && template)
+        throw new FieldProblem("prompt", "a chat message has no holes: send it as it is, or take them out");
     const max_new_tokens = template ? undefined : whole($("max-new-tokens"), "stopping.max_new_tokens");
     return {
         ...($("chat").checked ? { chat: { messages: [{ role: "user", content: text }] } } : { text }),
@@ -75,7 +93,7 @@ async function run() {
     clearProblems(document);
     replay.stop();
     $("outcome").textContent = "";
-    if (document.body.dataset.server === "ready") $("banner").hidden = true;
+    if (connection.state === "ready") say("");
     const able = [];
     let request;
     try {
@@ -85,7 +103,7 @@ async function run() {
             if (!lane.model) continue;
             lane.methodMessage();
             const reason = lane.unable(request);
-            if (reason) lane.say(reason);
+            if (reason) lane.refuse(reason);
             else able.push(lane);
         }
     } catch (error) {
@@ -99,9 +117,12 @@ async function run() {
     }
     running = new AbortController();
     showRunning(true);
-    await runLanes(able, request, running.signal);
-    running = undefined;
-    showRunning(false);
+    try {
+        await runLanes(able, request, running.signal);
+    } finally {
+        running = undefined;
+        showRunning(false);
+    }
     conclude(able);
 }
 
@@ -124,18 +145,25 @@ function failed(lane, error, signal) {
         lane.say("cancelled");
         return;
     }
+    if (!(error instanceof CallError)) {
+        lane.say(`This page failed: ${error.message}`, true);
+        throw error;
+    }
     const gone = connection.failed(error);
+    const again = error.retrySeconds === undefined ? "" : `. Try again in ${Math.ceil(error.retrySeconds)} s`;
     const messages = {
         UNREACHABLE: "The server does not answer.",
         BROKEN: "The server went away in the middle of this.",
-        RESOURCE_EXHAUSTED: `The server is busy or this is too much for it: ${error.message}.${error.retrySeconds === undefined ? "" : ` Try again in ${Math.ceil(error.retrySeconds)} s.`}`,
+        RESOURCE_EXHAUSTED: `${again ? "The server is busy" : "This is too much for the server"}: ${error.message}${again}`,
+        UNAVAILABLE: `${error.message}${again}`,
         DEADLINE_EXCEEDED: "This took longer than the server allows.",
         UNAUTHENTICATED: "This needs a token.",
     };
-    lane.say(messages[error.code] ?? error.message ?? String(error), true);
+    lane.say(messages[error.code] ?? error.message, true);
     if (gone) return;
-    if (!error.code) throw error;
-    const shown = (error.violations ?? []).filter(({ field, description }) => showProblem([lane.root, $("request")], field, description));
+    const shown = error.violations.filter(({ field, description }) =>
+        showProblem([lane.root, $("request")], field, description),
+    );
     if (shown.length > 0) lane.say("not run: see the marked field", true);
 }
 
@@ -154,11 +182,13 @@ function race() {
     const finished = lanes.filter((lane) => lane.recording.finished);
     if (finished.length === 0) return;
     const slower = replay.play(finished, { fromStart: true });
-    const words = slower >= 1 ? `slowed ${slower.toFixed(slower < 10 ? 1 : 0)} times` : `hurried ${(1 / slower).toFixed(1)} times`;
+    const words =
+        slower >= 1 ? `slowed ${slower.toFixed(slower < 10 ? 1 : 0)} times` : `hurried ${(1 / slower).toFixed(1)} times`;
     $("race").textContent = `Replay on one clock (${words})`;
 }
 
 function showRunning(on) {
+    document.body.dataset.running = String(on);
     $("run").textContent = on ? "Cancel" : "Run";
     $("run").title = on ? "Esc" : "Ctrl+Enter";
     $("run").classList.toggle("running", on);

@@ -41,6 +41,7 @@ export class Preview {
         frame.src = "frame.html";
         this.place.replaceChildren(frame);
         this.place.hidden = false;
+        this.place.scrollIntoView({ block: "nearest" });
         this.button.setAttribute("aria-expanded", "true");
         this.button.textContent = "Hide the page";
     }

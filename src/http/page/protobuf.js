@@ -17,21 +17,56 @@ const utf8 = { encode: new TextEncoder(), decode: new TextDecoder("utf-8", { ign
 
 /** By FieldDescriptorProto.Type: wire type, zero, how to read and to write one value. */
 const SCALARS = {
-    1: { wire: FIXED64, zero: 0, read: (r) => r.view(8).getFloat64(0, true), write: (w, v) => w.view(8).setFloat64(0, v, true) },
-    2: { wire: FIXED32, zero: 0, read: (r) => r.view(4).getFloat32(0, true), write: (w, v) => w.view(4).setFloat32(0, v, true) },
+    1: {
+        wire: FIXED64,
+        zero: 0,
+        read: (r) => r.view(8).getFloat64(0, true),
+        write: (w, v) => w.view(8).setFloat64(0, v, true),
+    },
+    2: {
+        wire: FIXED32,
+        zero: 0,
+        read: (r) => r.view(4).getFloat32(0, true),
+        write: (w, v) => w.view(4).setFloat32(0, v, true),
+    },
     3: { wire: VARINT, zero: 0, read: (r) => narrow(BigInt.asIntN(64, r.varint())), write: (w, v) => w.varint(v) },
     4: { wire: VARINT, zero: 0, read: (r) => narrow(r.varint()), write: (w, v) => w.varint(v) },
     5: { wire: VARINT, zero: 0, read: (r) => Number(BigInt.asIntN(32, r.varint())), write: (w, v) => w.varint(v) },
-    6: { wire: FIXED64, zero: 0, read: (r) => narrow(r.view(8).getBigUint64(0, true)), write: (w, v) => w.view(8).setBigUint64(0, BigInt(v), true) },
+    6: {
+        wire: FIXED64,
+        zero: 0,
+        read: (r) => narrow(r.view(8).getBigUint64(0, true)),
+        write: (w, v) => w.view(8).setBigUint64(0, BigInt(v), true),
+    },
     7: { wire: FIXED32, zero: 0, read: (r) => r.view(4).getUint32(0, true), write: (w, v) => w.view(4).setUint32(0, v, true) },
     8: { wire: VARINT, zero: false, read: (r) => r.varint() !== 0n, write: (w, v) => w.varint(v ? 1 : 0) },
-    9: { wire: DELIMITED, zero: "", read: (r) => utf8.decode.decode(r.delimited()), write: (w, v) => w.delimited(utf8.encode.encode(v)) },
+    9: {
+        wire: DELIMITED,
+        zero: "",
+        read: (r) => utf8.decode.decode(r.delimited()),
+        write: (w, v) => w.delimited(utf8.encode.encode(v)),
+    },
     12: { wire: DELIMITED, zero: new Uint8Array(), read: (r) => r.delimited().slice(), write: (w, v) => w.delimited(v) },
     13: { wire: VARINT, zero: 0, read: (r) => Number(BigInt.asUintN(32, r.varint())), write: (w, v) => w.varint(v) },
     15: { wire: FIXED32, zero: 0, read: (r) => r.view(4).getInt32(0, true), write: (w, v) => w.view(4).setInt32(0, v, true) },
-    16: { wire: FIXED64, zero: 0, read: (r) => narrow(r.view(8).getBigInt64(0, true)), write: (w, v) => w.view(8).setBigInt64(0, BigInt(v), true) },
-    17: { wire: VARINT, zero: 0, read: (r) => Number(zigzag(r.varint())), write: (w, v) => w.varint((BigInt(v) << 1n) ^ (BigInt(v) >> 63n)) },
-    18: { wire: VARINT, zero: 0, read: (r) => narrow(zigzag(r.varint())), write: (w, v) => w.varint((BigInt(v) << 1n) ^ (BigInt(v) >> 63n)) },
+    16: {
+        wire: FIXED64,
+        zero: 0,
+        read: (r) => narrow(r.view(8).getBigInt64(0, true)),
+        write: (w, v) => w.view(8).setBigInt64(0, BigInt(v), true),
+    },
+    17: {
+        wire: VARINT,
+        zero: 0,
+        read: (r) => Number(zigzag(r.varint())),
+        write: (w, v) => w.varint((BigInt(v) << 1n) ^ (BigInt(v) >> 63n)),
+    },
+    18: {
+        wire: VARINT,
+        zero: 0,
+        read: (r) => narrow(zigzag(r.varint())),
+        write: (w, v) => w.varint((BigInt(v) << 1n) ^ (BigInt(v) >> 63n)),
+    },
 };
 
 const TYPE_MESSAGE = 11;
@@ -195,7 +230,8 @@ export class Schema {
     field({ name, number, label, type, type_name, oneof_index }) {
         const repeated = label === 3;
         const scalar = SCALARS[type];
-        if (!scalar && type !== TYPE_MESSAGE && type !== TYPE_ENUM) throw new RangeError(`${name} has a type that is unknown here: ${type}`);
+        if (!scalar && type !== TYPE_MESSAGE && type !== TYPE_ENUM)
+            throw new RangeError(`${name} has a type that is unknown here: ${type}`);
         return {
             name,
             number,
@@ -307,7 +343,14 @@ export function file(package_, messages) {
     const field = ([name, [number, type, label]]) => {
         const known = types[type];
         // A oneof each: what a descriptor leaves out differs from its zero.
-        return { name, number, type: known ?? TYPE_MESSAGE, type_name: known ? undefined : prefix + type, label: label ? 3 : 1, oneof_index: label ? undefined : number };
+        return {
+            name,
+            number,
+            type: known ?? TYPE_MESSAGE,
+            type_name: known ? undefined : prefix + type,
+            label: label ? 3 : 1,
+            oneof_index: label ? undefined : number,
+        };
     };
     const message_type = Object.entries(messages).map(([name, fields]) => ({ name, field: Object.entries(fields).map(field) }));
     return { package: package_, message_type };

@@ -20,7 +20,10 @@ export class Replay {
     play(lanes, { fromStart = false } = {}) {
         this.stop();
         const seconds = Math.max(...lanes.map(({ recording }) => recording.secondsAt(recording.length)));
-        const whole = Math.min(Math.max(STEP_MS * Math.max(...lanes.map(({ recording }) => recording.length)), WHOLE_MS[0]), WHOLE_MS[1]);
+        const whole = Math.min(
+            Math.max(STEP_MS * Math.max(...lanes.map(({ recording }) => recording.length)), WHOLE_MS[0]),
+            WHOLE_MS[1],
+        );
         const slower = whole / 1000 / seconds;
         const anew = fromStart || lanes.every((lane) => lane.position >= lane.recording.length);
         const start = anew ? 0 : Math.max(...lanes.map((lane) => lane.recording.secondsAt(lane.position)));

@@ -28,16 +28,19 @@ let problems = 0;
 
 /** Says at a field, found by its path in the request in the first of `roots` that has it, what is wrong. Whether there is one. */
 export function showProblem(roots, path, message) {
-    const field = roots.map((root) => find(root, path)).find(Boolean);
-    if (!field) return false;
+    const root = roots.find((root) => find(root, path));
+    if (!root) return false;
+    const field = find(root, path);
     for (let outer = field.closest("details"); outer; outer = outer.parentElement.closest("details")) outer.open = true;
     const control = field.matches("input, select, textarea") ? field : field.querySelector("input, select, textarea");
     const note = document.createElement("p");
     note.className = "problem";
     note.id = `problem-${(problems += 1)}`;
-    note.textContent = message;
-    const place = field.closest("label, .box") ?? field;
-    place.after(note);
+    const name = field.querySelector(":scope > span")?.textContent;
+    note.textContent = name ? `${name}: ${message}` : message;
+    // Both lanes may say the same of what they share.
+    if ([...root.querySelectorAll(".problem")].some((other) => other.textContent === note.textContent)) return true;
+    field.parentElement.append(note);
     control.setAttribute("aria-invalid", "true");
     control.dataset.described ??= control.getAttribute("aria-describedby") ?? "";
     control.setAttribute("aria-describedby", `${note.id} ${control.dataset.described}`.trim());

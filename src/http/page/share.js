@@ -16,7 +16,9 @@ export function decode(fragment, expected) {
     if (coded === "" || coded.length > FRAGMENT_MAX) return undefined;
     try {
         const binary = atob(coded.replaceAll("-", "+").replaceAll("_", "/"));
-        const text = new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(binary, (character) => character.charCodeAt(0)));
+        const text = new TextDecoder("utf-8", { fatal: true }).decode(
+            Uint8Array.from(binary, (character) => character.charCodeAt(0)),
+        );
         return shaped(JSON.parse(text), expected);
     } catch {
         return undefined;
@@ -28,7 +30,9 @@ function shaped(given, expected) {
     if (Array.isArray(expected)) return expected.map((one, at) => shaped(Array.isArray(given) ? given[at] : undefined, one));
     if (typeof expected === "object") {
         const own = typeof given === "object" && given !== null ? given : {};
-        return Object.fromEntries(Object.entries(expected).map(([key, one]) => [key, shaped(Object.hasOwn(own, key) ? own[key] : undefined, one)]));
+        return Object.fromEntries(
+            Object.entries(expected).map(([key, one]) => [key, shaped(Object.hasOwn(own, key) ? own[key] : undefined, one)]),
+        );
     }
     return typeof given === typeof expected ? given : expected;
 }

@@ -36,13 +36,25 @@ export class CanvasView {
         const cell = this.cells[this.spans.indexOf(target)];
         if (!cell || target.title) return;
         const sure = cell.confidence === undefined ? "" : `, ${(100 * cell.confidence).toFixed(1)} % sure`;
-        const words = { fixed: "given", masked: "masked", guess: `a guess${sure}`, committed: cell.step === undefined ? "" : `step ${cell.step + 1}${sure}` };
+        const words = {
+            fixed: "given",
+            masked: "masked",
+            guess: `a guess${sure}`,
+            committed: cell.step === undefined ? "" : `step ${cell.step + 1}${sure}`,
+        };
         target.title = words[cell.look];
     }
 }
 
 function draw(span, cell) {
-    const classes = ["cell", cell.look, cell.change && `now-${cell.change}`, cell.edited && "edited", cell.remasked && "remasked", cell.end && "end"];
+    const classes = [
+        "cell",
+        cell.look,
+        cell.change && `now-${cell.change}`,
+        cell.edited && "edited",
+        cell.remasked && "remasked",
+        cell.end && "end",
+    ];
     span.className = classes.filter(Boolean).join(" ");
     span.removeAttribute("title");
     const shaded = cell.look === "guess";

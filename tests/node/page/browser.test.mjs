@@ -1,79 +1,25 @@
 // The page in Chromium, against a real server with the pair of models that ships.
 
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
 import { createServer } from "node:http";
-import { createRequire } from "node:module";
 import { after, before, describe, test } from "node:test";
 
-import { chromium } from "playwright-core";
-
+import { accessible, canvas, close, figure, idle, lane, launch, longRun, PROMPT, run, state, visit } from "./browser.mjs";
 import { eventually, generate, PATIENCE_MS, Server } from "./server.mjs";
-
-const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const PROMPT = "# Loop over table and return a dict of the entries of table, each value as a string.\ndef answer(table):\n";
-const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
 
 let browser;
 let server;
 
 before(async () => {
-    browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
-    server = await Server.start();
+    [browser, server] = await Promise.all([launch(), Server.start()]);
 });
 // What a failed test leaves running would keep this process.
 after(async () => {
     await browser?.close();
-    await server?.stop();
+    await Server.stopAll();
 });
 
-/** A page in a profile of its own; what it logs as an error, unless `expected`, fails the test. */
-async function open({ base = server.base, hash = "", expected = /^$/, ...options } = {}) {
-    const context = await browser.newContext({ viewport: { width: 1200, height: 900 }, reducedMotion: "reduce", ...options });
-    const page = await context.newPage();
-    page.setDefaultTimeout(PATIENCE_MS);
-    page.problems = [];
-    const problem = (text) => expected.test(text) || page.problems.push(text);
-    page.on("pageerror", (error) => problem(String(error)));
-    page.on("console", (message) => message.type() === "error" && problem(message.text()));
-    await page.goto(`${base}/${hash}`);
-    await page.waitForSelector('[data-server="ready"]');
-    return page;
-}
-
-async function close(page) {
-    assert.deepEqual(page.problems, []);
-    await page.context().close();
-}
-
-const lane = (page, kind) => page.locator(`.lane[data-kind="${kind}"]`);
-const state = (page, kind, wanted) => page.waitForSelector(`.lane[data-kind="${kind}"][data-state="${wanted}"]`, { state: "attached" });
-const canvas = (page, kind) => lane(page, kind).locator(".canvas").evaluate((element) => element.textContent);
-const idle = (page) => page.waitForFunction(() => document.getElementById("run").textContent === "Run");
-const figure = (page, kind, name) => lane(page, kind).locator(`[data-figure="${name}"] dd`).textContent();
-
-async function run(page) {
-    await page.locator("#run").click();
-    await idle(page);
-}
-
-/** A canvas so long, in so many steps, that there is a middle. */
-async function longRun(page) {
-    await page.fill("#prompt", PROMPT);
-    await page.fill("#max-new-tokens", "200");
-    await lane(page, "diffusion").locator("summary").click();
-    await lane(page, "diffusion").locator(".value").fill("200");
-    await lane(page, "diffusion").locator(".order").selectOption("ORDER_RANDOM");
-    await page.locator("#run").click();
-    await page.waitForFunction(() => document.querySelectorAll('[data-kind="diffusion"] .cell.committed').length > 2);
-}
-
-async function accessible(page, what) {
-    await page.evaluate(AXE);
-    const { violations } = await page.evaluate(() => globalThis.axe.run(document, { runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"] }));
-    const told = violations.map(({ id, nodes }) => `${what}: ${id}: ${nodes.map(({ html, failureSummary }) => `${html} ${failureSummary}`).join("\n")}`);
-    assert.deepEqual(told, []);
-}
+const open = (options = {}) => visit(browser, { base: server.base, ...options });
 
 describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
     test("runs both lanes to the end, with the texts that the same seed gives elsewhere", async () => {
@@ -85,7 +31,7 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await state(page, "diffusion", "finished");
         await state(page, "autoregressive", "finished");
         const seeded = ["--temperature", "0.7", "--seed", "18446744073709551615"];
-        const diffusion = await generate("--server", server.grpc, "--steps", "8", ...seeded, PROMPT);
+        const diffusion = await generate("--server", server.grpc, "--method", "diffusion", "--steps", "8", ...seeded, PROMPT);
         const autoregressive = await generate("--model", "models/nano-ar", ...seeded, PROMPT);
         assert.ok(diffusion.length > 20 && autoregressive.length > 20);
         assert.equal(await canvas(page, "diffusion"), PROMPT + diffusion);
@@ -109,7 +55,11 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await page.fill("#prompt", PROMPT);
         await run(page);
         // Played again of itself, since it was over too soon to be seen.
-        await page.waitForFunction(() => document.querySelector('[data-kind="diffusion"] .slider').value !== document.querySelector('[data-kind="diffusion"] .slider').max);
+        await page.waitForFunction(
+            () =>
+                document.querySelector('[data-kind="diffusion"] .slider').value !==
+                document.querySelector('[data-kind="diffusion"] .slider').max,
+        );
         await page.keyboard.press("Escape");
         const text = await canvas(page, "diffusion");
         const slider = lane(page, "diffusion").locator(".slider");
@@ -126,8 +76,14 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
             counts.push(await committed());
             assert.equal(await lane(page, "diffusion").locator(".now-committed").count(), counts.at(-1) - counts.at(-2));
         }
-        assert.ok(counts.every((count, at) => at === 0 || count > counts[at - 1]), String(counts));
-        assert.match(await lane(page, "diffusion").locator(".position").textContent(), new RegExp(`^step ${steps - 1} of ${steps}$`));
+        assert.ok(
+            counts.every((count, at) => at === 0 || count > counts[at - 1]),
+            String(counts),
+        );
+        assert.match(
+            await lane(page, "diffusion").locator(".position").textContent(),
+            new RegExp(`^step ${steps - 1} of ${steps}$`),
+        );
         await page.keyboard.press("End");
         assert.equal(await canvas(page, "diffusion"), text);
         // The canvas itself takes keys, too.
@@ -165,7 +121,8 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
 
     test("fills a hole that was marked in a text", async () => {
         const page = await open();
-        const text = "# Return the sum of the numbers in xs that are greater than 7.\ndef solve(xs):\n    return sum(1 for y in xs if x > 7)\n";
+        const text =
+            "# Return the sum of the numbers in xs that are greater than 7.\ndef solve(xs):\n    return sum(1 for y in xs if x > 7)\n";
         await page.fill("#prompt", text);
         const [start, end] = [text.indexOf("1 for"), text.indexOf(" if x")];
         await page.locator("#prompt").evaluate((area, [start, end]) => area.setSelectionRange(start, end), [start, end]);
@@ -182,10 +139,14 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
 
     test("says at the field what is wrong with it", async () => {
         const page = await open();
-        await lane(page, "diffusion").locator(".options").evaluate((details) => (details.open = true));
+        await lane(page, "diffusion")
+            .locator(".options")
+            .evaluate((details) => (details.open = true));
         await lane(page, "diffusion").locator(".rule").selectOption("threshold");
         await lane(page, "diffusion").locator(".value").fill("7");
-        await lane(page, "diffusion").locator(".options").evaluate((details) => (details.open = false));
+        await lane(page, "diffusion")
+            .locator(".options")
+            .evaluate((details) => (details.open = false));
         await run(page);
         const value = lane(page, "diffusion").locator(".value");
         assert.equal(await value.getAttribute("aria-invalid"), "true");
@@ -212,7 +173,9 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         context.after(() => elsewhere.close());
         const away = `http://127.0.0.1:${elsewhere.address().port}`;
         // Refused requests are what this is about; the browser logs each.
-        const page = await open({ expected: /Content Security Policy|sandboxed|Blocked a frame with origin "null"|ERR_BLOCKED_BY_CSP/ });
+        const page = await open({
+            expected: /Content Security Policy|sandboxed|Blocked a frame with origin "null"|ERR_BLOCKED_BY_CSP/,
+        });
         const hostile = `<script>parent.harmed=1</script><img src=x onerror=parent.harmed=2>`;
         await page.fill("#prompt", `${hostile}\n⟦1⟧<html><img src=${away}><script>title="it ran"</script>`);
         await run(page);
@@ -238,7 +201,9 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         const element = lane(page, "diffusion").locator("iframe");
         assert.equal(await element.getAttribute("sandbox"), "allow-scripts");
         const frame = await (await element.elementHandle()).contentFrame();
-        await eventually("the page in the frame runs", () => frame.evaluate(() => globalThis.title === "it ran").catch(() => false));
+        await eventually("the page in the frame runs", () =>
+            frame.evaluate(() => globalThis.title === "it ran").catch(() => false),
+        );
         const found = await frame.evaluate(
             async ([away, own]) => {
                 const found = { origin };
@@ -254,10 +219,28 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
                 await attempt("parent", () => parent.document.title);
                 await attempt("storage", () => localStorage.length);
                 await attempt("top", () => (top.location = away));
-                await attempt("socket", () => new Promise((resolve, reject) => Object.assign(new WebSocket(away.replace("http", "ws")), { onopen: resolve, onerror: reject })));
-                await attempt("worker", () => new Promise((resolve, reject) => Object.assign(new Worker(`${away}/worker.js`), { onmessage: resolve, onerror: reject })));
+                await attempt(
+                    "socket",
+                    () =>
+                        new Promise((resolve, reject) =>
+                            Object.assign(new WebSocket(away.replace("http", "ws")), { onopen: resolve, onerror: reject }),
+                        ),
+                );
+                await attempt(
+                    "worker",
+                    () =>
+                        new Promise((resolve, reject) =>
+                            Object.assign(new Worker(`${away}/worker.js`), { onmessage: resolve, onerror: reject }),
+                        ),
+                );
                 navigator.sendBeacon(`${away}/beacon`);
-                for (const [name, attributes] of [["script", { src: away }], ["iframe", { src: away }], ["object", { data: away }], ["form", { action: away }], ["link", { rel: "stylesheet", href: away }]]) {
+                for (const [name, attributes] of [
+                    ["script", { src: away }],
+                    ["iframe", { src: away }],
+                    ["object", { data: away }],
+                    ["form", { action: away }],
+                    ["link", { rel: "stylesheet", href: away }],
+                ]) {
                     document.body.append(Object.assign(document.createElement(name), attributes));
                 }
                 document.querySelector("form").submit();
@@ -299,12 +282,32 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await own.stop();
     });
 
+    test("sees a run through while the server shuts down, and says that nothing new is taken", async () => {
+        const own = await Server.start();
+        const page = await open({ base: own.base, expected: /Failed to load resource|net::ERR/ });
+        await longRun(page);
+        const stopped = own.stop("SIGTERM");
+        await state(page, "diffusion", "finished");
+        await page.locator("#banner").waitFor();
+        assert.match(await page.locator("#banner").textContent(), /does not answer|shutting down/);
+        await idle(page);
+        assert.match(await lane(page, "autoregressive").locator(".message").textContent(), /does not answer|shutting down/);
+        assert.ok(await page.locator("#run").isDisabled());
+        await stopped;
+        await close(page);
+    });
+
     test("says that the server is busy", async () => {
         const own = await Server.start({ flags: ["--max-resident", "1", "--queue", "1"] });
         const page = await open({ base: own.base });
         const channel = await own.channel();
         const abort = new AbortController();
-        const long = { text: PROMPT, diffusion: { steps: 200, finish_early: false, suppress_end: true }, stopping: { max_new_tokens: 200n }, priority: 10 };
+        const long = {
+            text: PROMPT,
+            diffusion: { steps: 200, finish_early: false, suppress_end: true },
+            stopping: { max_new_tokens: 200n },
+            priority: 10,
+        };
         const streams = [0, 1].map(() => channel.stream("/lacuna.v1.Generation/Generate", long, abort.signal));
         await streams[0].next();
         const second = streams[1].next().catch(() => {});
@@ -333,9 +336,26 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         const reached = new Set();
         for (let presses = 0; presses < 40 && !reached.has("slider"); presses += 1) {
             await page.keyboard.press("Tab");
-            reached.add(await page.evaluate(() => document.activeElement.id || document.activeElement.classList[0] || document.activeElement.tagName));
+            reached.add(
+                await page.evaluate(
+                    () => document.activeElement.id || document.activeElement.classList[0] || document.activeElement.tagName,
+                ),
+            );
         }
-        for (const stop of ["max-new-tokens", "temperature", "seed", "order", "chat", "hole", "run", "model", "SUMMARY", "canvas", "play", "slider"]) {
+        for (const stop of [
+            "max-new-tokens",
+            "temperature",
+            "seed",
+            "order",
+            "chat",
+            "hole",
+            "run",
+            "model",
+            "SUMMARY",
+            "canvas",
+            "play",
+            "slider",
+        ]) {
             assert.ok(reached.has(stop), `${stop} cannot be reached, but ${[...reached]}`);
         }
         await page.keyboard.press("Home");
@@ -375,7 +395,9 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await run(page);
         await lane(page, "diffusion").locator("summary").click();
         assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth));
-        const [first, second] = await Promise.all(["diffusion", "autoregressive"].map((kind) => lane(page, kind).boundingBox()));
+        const [first, second] = await Promise.all(
+            ["diffusion", "autoregressive"].map((kind) => lane(page, kind).boundingBox()),
+        );
         assert.ok(second.y >= first.y + first.height && first.width > 280);
         await accessible(page, "narrow");
         await close(page);
@@ -392,7 +414,12 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await page.locator("#share").click();
         await page.waitForFunction(() => location.hash.length > 10);
         const other = await open({ hash: new URL(page.url()).hash });
-        const settings = (page) => page.evaluate(() => [...document.querySelectorAll("input, select:not(#examples), textarea")].map((control) => (control.type === "checkbox" ? control.checked : control.value)));
+        const settings = (page) =>
+            page.evaluate(() =>
+                [...document.querySelectorAll("input, select:not(#examples), textarea")].map((control) =>
+                    control.type === "checkbox" ? control.checked : control.value,
+                ),
+            );
         assert.deepEqual(await settings(other), await settings(page));
         assert.equal(await other.locator("#prompt").inputValue(), "# ⟦3⟧ <b>\n");
         assert.equal(await lane(other, "autoregressive").locator(".model").inputValue(), "nano");
@@ -410,6 +437,25 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await lane(page, "diffusion").locator(".copy").click();
         await page.waitForFunction(() => document.querySelector(".copy").textContent === "Copied");
         assert.equal(PROMPT + (await page.evaluate(() => navigator.clipboard.readText())), await canvas(page, "diffusion"));
+        await close(page);
+    });
+
+    test("makes do with one model", async () => {
+        const own = await Server.start({ models: ["models/nano-ar"] });
+        const page = await open({ base: own.base });
+        assert.equal(await lane(page, "diffusion").locator(".model").inputValue(), "-");
+        await page.fill("#prompt", PROMPT);
+        await run(page);
+        await state(page, "autoregressive", "finished");
+        assert.equal(await canvas(page, "diffusion"), "");
+        // The other lane can have the same model, to go on in another way.
+        await lane(page, "diffusion").locator(".model").selectOption("nano-ar");
+        await lane(page, "diffusion").locator("summary").click();
+        await lane(page, "diffusion").locator(".drafter").selectOption("DRAFTER_MEDUSA");
+        await run(page);
+        assert.equal(await canvas(page, "diffusion"), await canvas(page, "autoregressive"));
+        assert.match(await page.locator("#outcome").textContent(), /Both wrote the same text/);
+        await own.stop();
         await close(page);
     });
 });

@@ -43,10 +43,27 @@ test("a schema read at run time finds every method and writes what the server re
     assert.ok(channel.schema.methods.get(GENERATE).streaming);
     assert.equal(channel.schema.methods.get("/lacuna.v1.Models/List").output, "lacuna.v1.ListModelsResponse");
     const seed = 18446744073709551615n;
-    const [{ started }] = await events({ text: PROMPT, sampling: { seed, temperature: 0.25, logit_bias: new Map([[7, -0.5], [940, 2]]) }, priority: -10 });
+    const [{ started }] = await events({
+        text: PROMPT,
+        sampling: {
+            seed,
+            temperature: 0.25,
+            logit_bias: new Map([
+                [7, -0.5],
+                [940, 2],
+            ]),
+        },
+        priority: -10,
+    });
     assert.equal(started.sampling.seed, seed);
     assert.equal(started.sampling.temperature, 0.25);
-    assert.deepEqual(started.sampling.logit_bias, new Map([[7, -0.5], [940, 2]]));
+    assert.deepEqual(
+        started.sampling.logit_bias,
+        new Map([
+            [7, -0.5],
+            [940, 2],
+        ]),
+    );
     assert.equal(started.model, "nano");
     assert.equal(started.canvas.length, 48);
 });
@@ -57,8 +74,23 @@ test("every kind of field comes back as it was", () => {
         model: "näno ✓",
         text: "\ufeff# 🙂\n",
         template: [{ hole: 3 }, { text: "" }, { token_ids: { token_ids: [0, 1, 300, 4294967295] } }],
-        sampling: { temperature: -1e-300, top_k: 4294967295, seed: 2n ** 63n, logit_bias: new Map([[1, 0.5], [2, -0.25]]) },
-        diffusion: { steps: 0, schedule: "SCHEDULE_TIMESTEPS", order: "ORDER_UNSPECIFIED", independent: false, cache: "DIFFUSION_CACHE_DUAL", eps: 0.125 },
+        sampling: {
+            temperature: -1e-300,
+            top_k: 4294967295,
+            seed: 2n ** 63n,
+            logit_bias: new Map([
+                [1, 0.5],
+                [2, -0.25],
+            ]),
+        },
+        diffusion: {
+            steps: 0,
+            schedule: "SCHEDULE_TIMESTEPS",
+            order: "ORDER_UNSPECIFIED",
+            independent: false,
+            cache: "DIFFUSION_CACHE_DUAL",
+            eps: 0.125,
+        },
         stopping: { stop: ["", "\u0000", "x".repeat(300)] },
         step_events: false,
         priority: -2147483648,
@@ -70,13 +102,21 @@ test("every kind of field comes back as it was", () => {
     assert.throws(() => schema.encode(REQUEST, { txt: "" }), /has no field txt/);
     assert.throws(() => schema.encode(REQUEST, { diffusion: { order: "ORDER_OF_BATTLE" } }), /has no ORDER_OF_BATTLE/);
     // Of a oneof the last one counts.
-    const both = new Uint8Array([...schema.encode(REQUEST, { text: "a" }), ...schema.encode(REQUEST, { chat: { messages: [] } })]);
+    const both = new Uint8Array([
+        ...schema.encode(REQUEST, { text: "a" }),
+        ...schema.encode(REQUEST, { chat: { messages: [] } }),
+    ]);
     assert.deepEqual([schema.decode(REQUEST, both).text, schema.decode(REQUEST, both).chat], [undefined, { messages: [] }]);
 });
 
 test("bytes that are no message are refused and never read beyond their end", () => {
     const { schema } = channel;
-    const bytes = schema.encode(REQUEST, { text: PROMPT, sampling: { seed: 2n ** 40n, logit_bias: new Map([[1, 0.5]]) }, diffusion: { threshold: 0.5 }, template: [{ hole: 300 }] });
+    const bytes = schema.encode(REQUEST, {
+        text: PROMPT,
+        sampling: { seed: 2n ** 40n, logit_bias: new Map([[1, 0.5]]) },
+        diffusion: { threshold: 0.5 },
+        template: [{ hole: 300 }],
+    });
     for (let length = 0; length < bytes.length; length += 1) {
         try {
             schema.decode(REQUEST, bytes.subarray(0, length));
@@ -95,17 +135,27 @@ test("an error is a code with its details", async () => {
     await assert.rejects(events({ text: PROMPT, diffusion: { steps: 0 } }), ({ code, message, violations }) => {
         assert.equal(code, "INVALID_ARGUMENT");
         assert.match(message, /^diffusion\.steps: 0 is not/);
-        assert.deepEqual(violations.map(({ field }) => field), ["diffusion.steps"]);
+        assert.deepEqual(
+            violations.map(({ field }) => field),
+            ["diffusion.steps"],
+        );
         return true;
     });
-    await assert.rejects(events({ text: PROMPT, model: "größer" }), ({ code, message }) => code === "NOT_FOUND" && message.includes("größer"));
+    await assert.rejects(
+        events({ text: PROMPT, model: "größer" }),
+        ({ code, message }) => code === "NOT_FOUND" && message.includes("größer"),
+    );
     await assert.rejects(channel.unary("/lacuna.v1.Models/Guess", {}), ({ code }) => code === "UNIMPLEMENTED");
 });
 
 test("frames are the same however their bytes fall", async () => {
     const body = channel.schema.encode(REQUEST, { text: PROMPT, diffusion: { steps: 4 } });
     const framed = new Uint8Array([0, 0, 0, 0, body.length, ...body]);
-    const response = await fetch(server.base + GENERATE, { method: "POST", headers: { "content-type": "application/grpc-web+proto" }, body: framed });
+    const response = await fetch(server.base + GENERATE, {
+        method: "POST",
+        headers: { "content-type": "application/grpc-web+proto" },
+        body: framed,
+    });
     const bytes = new Uint8Array(await response.arrayBuffer());
     const read = async (size) => {
         const found = [];
@@ -115,7 +165,8 @@ test("frames are the same however their bytes fall", async () => {
                 controller.close();
             },
         });
-        for await (const frame of frames(pieces)) found.push({ flags: frame.flags, bytes: Buffer.from(frame.bytes).toString("hex") });
+        for await (const frame of frames(pieces))
+            found.push({ flags: frame.flags, bytes: Buffer.from(frame.bytes).toString("hex") });
         return found;
     };
     const whole = await read(bytes.length);
@@ -123,16 +174,20 @@ test("frames are the same however their bytes fall", async () => {
     assert.deepEqual(await read(1), whole);
     assert.deepEqual(await read(7), whole);
     const cut = new Response(bytes.slice(0, bytes.length - 3)).body;
-    await assert.rejects(async () => {
-        for await (const _ of frames(cut));
-    }, ({ code }) => code === "BROKEN");
+    await assert.rejects(
+        async () => {
+            for await (const _ of frames(cut));
+        },
+        ({ code }) => code === "BROKEN",
+    );
 });
 
 test("replaying every step rebuilds the canvas and ends in the text", async () => {
     const recording = recorded(await events({ text: PROMPT, diffusion: { steps: 48, finish_early: false } }));
     assert.equal(recording.length, 48);
     assert.equal(recording.text, TEXT);
-    for (let position = 0; position <= recording.length; position += 1) assert.equal(committed(recording.cellsAt(position)), position);
+    for (let position = 0; position <= recording.length; position += 1)
+        assert.equal(committed(recording.cellsAt(position)), position);
     assert.ok(recording.cellsAt(0).every((cell) => cell.look === "masked" && cell.text === ""));
     assert.ok(recording.cellsAt(1).some((cell) => cell.look === "guess" && cell.confidence > 0));
     assert.equal(text(recording.finalCells()), TEXT);
@@ -146,18 +201,25 @@ test("replaying every step rebuilds the canvas and ends in the text", async () =
 });
 
 test("autoregression is recorded alike, and time passes with the steps", async () => {
-    const recording = recorded(await events({ model: "nano-ar", text: PROMPT, autoregressive: { drafter: "DRAFTER_REDRAFTER", adapt: false } }));
+    const recording = recorded(
+        await events({ model: "nano-ar", text: PROMPT, autoregressive: { drafter: "DRAFTER_REDRAFTER", adapt: false } }),
+    );
     assert.equal(text(recording.finalCells()), TEXT);
     assert.ok(recording.finished.usage.speculation.acceptance_length > 1);
     const times = Array.from({ length: recording.length + 1 }, (_, position) => recording.secondsAt(position));
     assert.equal(times[0], 0);
     assert.ok(times.every((time, at) => at === 0 || time > times[at - 1]));
     assert.equal(times.at(-1), recording.finished.usage.decoding_seconds);
-    assert.deepEqual(times.map((time) => recording.positionAt(time)), times.map((_, position) => position));
+    assert.deepEqual(
+        times.map((time) => recording.positionAt(time)),
+        times.map((_, position) => position),
+    );
 });
 
 test("infilled text is given text and found text, in one", async () => {
-    const { text: prompt, template } = parse("# Return the sum of the numbers in xs that are greater than 7.\ndef solve(xs):\n    return sum(⟦5⟧ if x > 7)\n");
+    const { text: prompt, template } = parse(
+        "# Return the sum of the numbers in xs that are greater than 7.\ndef solve(xs):\n    return sum(⟦5⟧ if x > 7)\n",
+    );
     assert.deepEqual(template, [{ hole: 5 }, { text: " if x > 7)\n" }]);
     const recording = recorded(await events({ text: prompt, template }));
     assert.equal(text(recording.finalCells()), "x for x in xs if x > 7)\n");
@@ -168,15 +230,30 @@ test("infilled text is given text and found text, in one", async () => {
 // No decoder here masks again or edits yet, but the API has both.
 test("edits and cells that are masked again are seen", () => {
     const recording = new Recording([9]);
-    const edit = (position, text, status, token_id = 1) => ({ position, token_id, text, status: `EDIT_STATUS_${status}`, confidence: 0.5 });
+    const edit = (position, text, status, token_id = 1) => ({
+        position,
+        token_id,
+        text,
+        status: `EDIT_STATUS_${status}`,
+        confidence: 0.5,
+    });
     const step = (step, ...edits) => recording.apply({ step: { step, block: 0, edits } });
-    recording.apply({ started: { canvas: [{ token_id: 0, text: "<mask>", masked: true }, { token_id: 0, text: "<mask>", masked: true }] } });
+    recording.apply({
+        started: {
+            canvas: [
+                { token_id: 0, text: "<mask>", masked: true },
+                { token_id: 0, text: "<mask>", masked: true },
+            ],
+        },
+    });
     step(0, edit(0, "a", "COMMITTED"), edit(1, "b", "PROVISIONAL"), edit(99, "far", "COMMITTED"), edit(1, "?", "UNKNOWN"));
     step(1, edit(0, "c", "EDITED"), edit(1, "b", "COMMITTED"));
     step(2, edit(1, "<mask>", "REMASKED"));
     step(4, edit(1, "d", "PROVISIONAL"));
     step(5, edit(1, "<end>", "COMMITTED", 9));
-    const looks = Array.from({ length: 6 }, (_, position) => recording.cellsAt(position).map(({ look, text, change }) => [look, text, change].filter(Boolean).join(" ")));
+    const looks = Array.from({ length: 6 }, (_, position) =>
+        recording.cellsAt(position).map(({ look, text, change }) => [look, text, change].filter(Boolean).join(" ")),
+    );
     assert.deepEqual(looks, [
         ["masked", "masked"],
         ["committed a committed", "guess b"],
@@ -201,7 +278,8 @@ test("a shared state comes back, and nothing else comes with it", () => {
     assert.deepEqual(share.decode(`#${share.encode(state)}`, expected), state);
     const hostile = { prompt: 7, chat: "yes", lanes: "none", token: "x", extra: {} };
     assert.deepEqual(share.decode(share.encode(hostile), expected), expected);
-    for (const fragment of ["", "#", "#%%%", "#AAAA", `#${share.encode(null).slice(1)}`, "#".padEnd(200_001, "A")]) assert.equal(share.decode(fragment, expected), undefined);
+    for (const fragment of ["", "#", "#%%%", "#AAAA", `#${share.encode(null).slice(1)}`, "#".padEnd(200_001, "A")])
+        assert.equal(share.decode(fragment, expected), undefined);
 });
 
 test("a page is found where there is one", () => {

@@ -15,13 +15,20 @@ const binary = process.env.LACUNA ?? `${root}/target/release/lacuna`;
 /** Longer than anything here takes, on a machine that has much else to do. */
 export const PATIENCE_MS = 60_000;
 
+const running = new Set();
+
 export class Server {
     /** Starts one with the pair that ships, and waits until it listens and is warm. `http` is the port, 0 for a free one. */
-    static async start({ http = 0, flags = [] } = {}) {
+    static async start({ models = ["models/nano", "models/nano-ar"], http = 0, flags = [] } = {}) {
         const server = new Server();
-        const models = ["--model", "models/nano", "--model", "models/nano-ar"];
+        const load = models.flatMap((model) => ["--model", model]);
         const listen = ["--address", "127.0.0.1:0", "--http", `127.0.0.1:${http}`];
-        server.process = spawn(binary, ["serve", ...models, ...listen, ...flags], { cwd: root, stdio: ["ignore", "ignore", "pipe"] });
+        server.process = spawn(binary, ["serve", ...load, ...listen, ...flags], {
+            cwd: root,
+            stdio: ["ignore", "ignore", "pipe"],
+        });
+        running.add(server);
+        server.process.once("exit", () => running.delete(server));
         let warm = 0;
         const log = [];
         await new Promise((resolve, reject) => {
@@ -33,10 +40,14 @@ export class Server {
                 if (line.includes("listening for HTTP")) server.base = `http://${address}`;
                 else if (line.includes("listening address")) server.grpc = address;
                 if (line.includes("lifecycle: warm")) warm += 1;
-                if (warm === 2) resolve();
+                if (warm === models.length) resolve();
             });
         });
         return server;
+    }
+
+    static async stopAll() {
+        await Promise.all([...running].map((server) => server.stop("SIGKILL")));
     }
 
     get port() {
