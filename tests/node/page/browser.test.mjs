@@ -1,11 +1,12 @@
 // The page in Chromium, against a real server with the pair of models that ships.
 
 import assert from "node:assert/strict";
+import { rm } from "node:fs/promises";
 import { createServer } from "node:http";
 import { after, before, describe, test } from "node:test";
 
 import { accessible, canvas, close, figure, idle, lane, launch, longRun, PROMPT, run, state, visit } from "./browser.mjs";
-import { eventually, generate, PATIENCE_MS, Server } from "./server.mjs";
+import { eventually, generate, makeToken, PATIENCE_MS, Server } from "./server.mjs";
 
 let browser;
 let server;
@@ -455,6 +456,30 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await run(page);
         assert.equal(await canvas(page, "diffusion"), await canvas(page, "autoregressive"));
         assert.match(await page.locator("#outcome").textContent(), /Both wrote the same text/);
+        await own.stop();
+        await close(page);
+    });
+
+    test("asks for a token where the server wants one, and keeps it for the tab alone", async (context) => {
+        const { token, file } = await makeToken();
+        context.after(() => rm(file));
+        const own = await Server.start({ flags: ["--tokens", file] });
+        const page = await open({ base: own.base, ready: false, expected: /status of 401/ });
+        await page.waitForSelector('[data-server="locked"]');
+        assert.match(await page.locator("#banner").textContent(), /wants a bearer token/);
+        await page.fill("#token", "lacuna_wrong");
+        await page.keyboard.press("Enter");
+        await page.waitForFunction(() => /does not take this token/.test(document.getElementById("banner").textContent));
+        await page.fill("#token", token);
+        await page.keyboard.press("Enter");
+        await page.waitForSelector('[data-server="ready"]');
+        assert.ok(await page.locator("#access").isHidden());
+        await run(page);
+        await state(page, "diffusion", "finished");
+        await page.locator("#share").click();
+        await page.waitForFunction(() => location.hash.length > 10);
+        assert.ok(!atob(new URL(page.url()).hash.slice(1).replaceAll("-", "+").replaceAll("_", "/")).includes(token));
+        assert.deepEqual(await page.evaluate(() => [localStorage.length, sessionStorage.length]), [0, 1]);
         await own.stop();
         await close(page);
     });

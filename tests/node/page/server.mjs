@@ -2,6 +2,9 @@
 
 import { execFile, spawn } from "node:child_process";
 import { once } from "node:events";
+import { writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createInterface } from "node:readline";
 import { promisify } from "node:util";
@@ -78,6 +81,14 @@ export class Server {
 export async function generate(...args) {
     const { stdout } = await promisify(execFile)(binary, ["generate", "--json", ...args], { cwd: root });
     return JSON.parse(stdout).text;
+}
+
+/** A token, and a server's file that has it. */
+export async function makeToken() {
+    const { stdout, stderr } = await promisify(execFile)(binary, ["token", "page"]);
+    const file = join(tmpdir(), `lacuna-tokens-${process.pid}.toml`);
+    await writeFile(file, stderr);
+    return { token: stdout.trim(), file };
 }
 
 /** Asks until the answer is yes. */
