@@ -210,7 +210,8 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
                 const found = { origin };
                 const attempt = async (name, act) => {
                     try {
-                        found[name] = String(await act());
+                        const patience = new Promise((_, reject) => setTimeout(reject, 2000));
+                        found[name] = String(await Promise.race([act(), patience]));
                     } catch {
                         found[name] = "refused";
                     }
@@ -252,8 +253,8 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         );
         const refused = ["away", "own", "parent", "storage", "top", "socket", "worker"].map((name) => [name, "refused"]);
         assert.deepEqual(found, { origin: "null", ...Object.fromEntries(refused) });
-        // It cannot lead itself away either.
-        await frame.evaluate((away) => (location = `${away}/frame`), away).catch(() => {});
+        // It cannot lead itself away either. Later, so that the answer to this is not lost with the page.
+        await frame.evaluate((away) => void setTimeout(() => (location = `${away}/frame`)), away);
         await new Promise((resolve) => setTimeout(resolve, 300));
         assert.equal(calls, 0, "the frame has reached the network");
         assert.equal(page.context().pages().length, 1);
