@@ -45,7 +45,7 @@ fn heads(model: &Transformer) -> Drafters {
     let head = Redrafter::new(settings, &mut RandomWeights { placement: F32 }).unwrap();
     let mut drafters = Drafters::default();
     drafters.add(DrafterKind::Chain, Box::new(Chain(head.shallow_clone())));
-    drafters.add(DrafterKind::Redrafter, Box::new(Beams(head)));
+    drafters.add(DrafterKind::Redrafter, Box::new(Beams::exact(head)));
     drafters.add(DrafterKind::Medusa, Box::new(medusa));
     drafters
 }

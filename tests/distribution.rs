@@ -166,7 +166,7 @@ fn draw(world: &World, kind: Option<DrafterKind>, temperature: f64, seeds: usize
         .collect();
     // Beams depend on nothing but what stands before them.
     let mut beams: HashMap<(Vec<u32>, usize), Tree> = HashMap::new();
-    let (chain, redrafter) = (Chain(world.head.shallow_clone()), Beams(world.head.shallow_clone()));
+    let (chain, redrafter) = (Chain(world.head.shallow_clone()), Beams::exact(world.head.shallow_clone()));
     let (mut accepted, mut drafts) = (0, 0);
     while running.iter().any(|one| one.decoder.finished().is_none()) {
         let rows = rows(world, &running, &sampling);

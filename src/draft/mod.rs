@@ -119,7 +119,7 @@ impl Drafters {
         if redrafter.is_dir() {
             let head = redrafter::Redrafter::load(&redrafter, config, placement)?;
             drafters.add(DrafterKind::Chain, Box::new(chain::Chain(head.shallow_clone())));
-            drafters.add(DrafterKind::Redrafter, Box::new(redrafter::Beams(head)));
+            drafters.add(DrafterKind::Redrafter, Box::new(redrafter::Beams::new(head)));
         }
         let medusa = folder.join("medusa");
         if medusa.is_dir() {

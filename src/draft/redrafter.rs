@@ -8,6 +8,7 @@
 use std::path::Path;
 
 use super::heads::{Folder, Linear, bytes, spec};
+use super::search::{Narrow, Searched};
 use super::{Context, Draft, Drafter, search};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::ModelConfig;
@@ -247,7 +248,8 @@ impl Redrafter {
         shape: Shape,
         least: f64,
     ) -> Result<Search, ModelError> {
-        match search::search(self, model, context, root, shape, least.ln() as f32) {
+        let searched = Searched { head: self, narrow: None };
+        match search::search(searched, model, context, root, shape, least.ln() as f32) {
             Some(found) => Ok(found),
             None => self.search_tensors(model, context, root, shape),
         }
@@ -325,12 +327,32 @@ fn trace(flat: &[i64], steps: &[Tensor], width: usize) -> Vec<Vec<u32>> {
 }
 
 /// The head's beam search as a drafter.
-pub struct Beams(pub Redrafter);
+pub struct Beams {
+    head: Redrafter,
+    narrow: Option<Narrow>,
+}
+
+impl Beams {
+    /// Searches by matrices in bf16 where that is faster. Guesses may differ from the head's own where two are nearly as good.
+    pub fn new(head: Redrafter) -> Self {
+        Self { narrow: Narrow::of(&head), head }
+    }
+
+    /// Searches by the head's own numbers.
+    pub fn exact(head: Redrafter) -> Self {
+        Self { narrow: None, head }
+    }
+}
 
 impl Drafter for Beams {
     fn draft(&self, context: &Context) -> Result<Draft, ModelError> {
         let asked = context.asked;
-        let found = self.0.search_sure(context.model, context.hidden, context.root(), asked.shape, asked.least)?;
+        let searched = Searched { head: &self.head, narrow: self.narrow.as_ref() };
+        let (root, least) = (context.root(), asked.least.ln() as f32);
+        let found = match search::search(searched, context.model, context.hidden, root, asked.shape, least) {
+            Some(found) => found,
+            None => self.head.search_tensors(context.model, context.hidden, root, asked.shape)?,
+        };
         let tree = Tree::from_beams(context.root(), found.beams.iter().map(Vec::as_slice));
         Ok(Draft { tree, proposal: None, forwards: found.steps })
     }
@@ -344,6 +366,6 @@ impl Drafter for Beams {
     }
 
     fn bytes(&self) -> usize {
-        self.0.bytes()
+        self.head.bytes() + self.narrow.as_ref().map_or(0, Narrow::bytes)
     }
 }

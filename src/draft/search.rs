@@ -4,8 +4,9 @@
 use super::redrafter::{KEPT, Redrafter, Search};
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::model::Transformer;
-use crate::tensor::Tensor;
 use crate::tensor::kernels::linear::{product, row};
+use crate::tensor::kernels::packed::Packed;
+use crate::tensor::{Kind, Tensor};
 
 /// Beams that go on: the state of each, its tokens and its score.
 struct Beams {
@@ -15,19 +16,78 @@ struct Beams {
     scores: Vec<f32>,
 }
 
+/// A head's matrices in bf16: half the bytes, which then stay in a core's own cache from step to step. Guesses are rounded a little; what
+/// becomes of them is the network's business.
+pub struct Narrow {
+    input: Option<Packed>,
+    blocks: Vec<Packed>,
+    head: Packed,
+    /// `U` and `W`.
+    recurrence: Option<(Packed, Packed)>,
+}
+
+impl Narrow {
+    /// `None` where the kernels are not in use.
+    pub fn of(head: &Redrafter) -> Option<Self> {
+        let pack = |weight: &Tensor| Packed::of(&weight.f_to_kind(Kind::BFloat16).ok()?).ok()?;
+        let recurrence = match head.recurrence() {
+            Some((u, w)) => Some((pack(&u.weight)?, pack(w)?)),
+            None => None,
+        };
+        let input = match head.input() {
+            Some(input) => Some(pack(&input.weight)?),
+            None => None,
+        };
+        let blocks = head.blocks().iter().map(|block| pack(&block.weight)).collect::<Option<_>>()?;
+        Some(Self { input, blocks, head: pack(head.head())?, recurrence })
+    }
+
+    pub fn bytes(&self) -> usize {
+        let pair = self.recurrence.iter().flat_map(|(u, w)| [u, w]);
+        self.input.iter().chain(&self.blocks).chain([&self.head]).chain(pair).map(Packed::bytes).sum()
+    }
+}
+
+/// A head, and its matrices in bf16 if they are to be used.
+#[derive(Clone, Copy)]
+pub struct Searched<'a> {
+    pub head: &'a Redrafter,
+    pub narrow: Option<&'a Narrow>,
+}
+
+/// `x · weightᵀ + bias`, `x: [rows, inputs]`.
+fn times(weight: &Tensor, narrow: Option<&Packed>, bias: Option<&Tensor>, x: &[f32], rows: usize) -> Option<Vec<f32>> {
+    let Some(narrow) = narrow else { return product(weight, bias, x, rows) };
+    let mut out = narrow.small_product(x, rows)?;
+    if let Some(bias) = bias {
+        let mut added = vec![0f32; out.len() / rows];
+        row(&bias.view([1, -1]), 0, &mut added)?;
+        out.chunks_exact_mut(added.len()).for_each(|out| out.iter_mut().zip(&added).for_each(|(out, bias)| *out += bias));
+    }
+    Some(out)
+}
+
 /// As [`Redrafter::search_sure`], with a logarithm for the least probability; `None` if weights, table or context are of a kind that
 /// the kernels do not read.
-pub fn search(head: &Redrafter, model: &Transformer, context: &Tensor, root: u32, shape: Shape, least: f32) -> Option<Search> {
+pub fn search(
+    searched: Searched,
+    model: &Transformer,
+    context: &Tensor,
+    root: u32,
+    shape: Shape,
+    least: f32,
+) -> Option<Search> {
+    let head = searched.head;
     let hidden = head.settings().hidden_size;
     let mut given = vec![0f32; hidden];
     row(context, 0, &mut given)?;
-    let mut beams = Beams { states: advance(head, model, &[root], None)?, tokens: vec![vec![]], scores: vec![0.0] };
+    let mut beams = Beams { states: advance(searched, model, &[root], None)?, tokens: vec![vec![]], scores: vec![0.0] };
     let mut ended: Vec<(Vec<u32>, f32)> = vec![];
     let mut steps = 0;
     while steps < shape.length {
         steps += 1;
         let count = beams.scores.len();
-        let logits = logits(head, &given, &beams.states, count)?;
+        let logits = logits(searched, &given, &beams.states, count)?;
         let rows = logits.len() / count;
         let mut candidates: Vec<(f32, usize, usize)> = vec![];
         for (beam, logits) in logits.chunks_exact(rows).enumerate() {
@@ -56,7 +116,7 @@ pub fn search(head: &Redrafter, model: &Transformer, context: &Tensor, root: u32
             true => {
                 let before: Vec<f32> =
                     parents.iter().flat_map(|beam| &beams.states[beam * hidden..(beam + 1) * hidden]).copied().collect();
-                advance(head, model, &chosen, Some(&before))?
+                advance(searched, model, &chosen, Some(&before))?
             }
             false => vec![],
         };
@@ -75,7 +135,12 @@ fn silu(x: f32) -> f32 {
 }
 
 /// The next state of each beam.
-fn advance(head: &Redrafter, model: &Transformer, tokens: &[u32], states: Option<&[f32]>) -> Option<Vec<f32>> {
+fn advance(
+    Searched { head, narrow }: Searched,
+    model: &Transformer,
+    tokens: &[u32],
+    states: Option<&[f32]>,
+) -> Option<Vec<f32>> {
     let hidden = head.settings().hidden_size;
     let mut embedded = vec![0f32; tokens.len() * hidden];
     for (token, embedded) in tokens.iter().zip(embedded.chunks_exact_mut(hidden)) {
@@ -87,9 +152,10 @@ fn advance(head: &Redrafter, model: &Transformer, tokens: &[u32], states: Option
         }
         return Some(embedded);
     };
-    let mut next = product(w, None, &embedded, tokens.len())?;
+    let narrow = narrow.and_then(|narrow| narrow.recurrence.as_ref());
+    let mut next = times(w, narrow.map(|(_, w)| w), None, &embedded, tokens.len())?;
     let kept = match states {
-        Some(states) => product(&u.weight, u.bias.as_ref(), states, tokens.len())?,
+        Some(states) => times(&u.weight, narrow.map(|(u, _)| u), u.bias.as_ref(), states, tokens.len())?,
         // Of the state zero nothing is left but the bias.
         None => {
             let mut bias = vec![0f32; hidden];
@@ -104,16 +170,16 @@ fn advance(head: &Redrafter, model: &Transformer, tokens: &[u32], states: Option
 }
 
 /// `[beams, rows]`.
-fn logits(head: &Redrafter, context: &[f32], states: &[f32], beams: usize) -> Option<Vec<f32>> {
+fn logits(Searched { head, narrow }: Searched, context: &[f32], states: &[f32], beams: usize) -> Option<Vec<f32>> {
     let mut x: Vec<f32> = states.chunks_exact(context.len()).flat_map(|state| context.iter().chain(state)).copied().collect();
     if let Some(input) = head.input() {
-        x = product(&input.weight, input.bias.as_ref(), &x, beams)?;
+        x = times(&input.weight, narrow.and_then(|narrow| narrow.input.as_ref()), input.bias.as_ref(), &x, beams)?;
     }
-    for block in head.blocks() {
-        let inner = product(&block.weight, block.bias.as_ref(), &x, beams)?;
+    for (at, block) in head.blocks().iter().enumerate() {
+        let inner = times(&block.weight, narrow.map(|narrow| &narrow.blocks[at]), block.bias.as_ref(), &x, beams)?;
         x.iter_mut().zip(inner).for_each(|(x, inner)| *x += silu(inner));
     }
-    product(head.head(), None, &x, beams)
+    times(head.head(), narrow.map(|narrow| &narrow.head), None, &x, beams)
 }
 
 /// The `count` largest with their places, largest first.

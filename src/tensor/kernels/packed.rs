@@ -10,7 +10,7 @@ use std::ops::Range;
 use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
-use super::product::{Format, PAIRED, Single};
+use super::product::{Format, PAIRED, Single, Wide};
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -22,6 +22,8 @@ const BLOCK: usize = 256;
 const TILE: usize = 256 * 1024;
 /// Products of fewer multiplications are not worth other threads.
 const PARALLEL_FROM: usize = 32 * 1024;
+/// The same where weights stay in a core's own cache, so that a wait takes longer than the work.
+const SMALL_PARALLEL_FROM: usize = 1024 * 1024;
 
 /// A weight matrix for [`Packed::product`].
 #[derive(Debug)]
@@ -48,6 +50,11 @@ impl Packed {
         let full = weight.f_constant_pad_nd([0, units * unit - inputs, 0, panels * panel - outputs])?;
         let data = full.f_view([panels, panel, units, unit])?.f_permute([0, 2, 1, 3])?.f_contiguous()?;
         Ok(Some(Self { data, kind: weight.kind(), inputs: inputs as usize, outputs: outputs as usize, paired }))
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.data.numel() * self.data.kind().elt_size_in_bytes()
     }
 
     /// Type of the weight, and of what comes out.
@@ -80,10 +87,35 @@ impl Packed {
             outputs: self.outputs,
             half: self.kind == Kind::BFloat16,
             paired: self.paired,
+            wide: false,
         };
         // SAFETY: the three tensors are contiguous, of the sizes and types that the product says, and outlive the call.
         unsafe { launch(&product, rows * self.inputs * self.outputs >= PARALLEL_FROM) };
         Ok(Some(out))
+    }
+
+    /// [`Packed::product`] for what lies in plain memory, `x: [rows, inputs]` to `[rows, outputs]`, both in f32, by a weight that is small;
+    /// `None` if sizes do not fit.
+    pub fn small_product(&self, x: &[f32], rows: usize) -> Option<Vec<f32>> {
+        if rows == 0 || x.len() != rows * self.inputs || (self.paired && !self.inputs.is_multiple_of(2)) {
+            return None;
+        }
+        let narrow: Vec<u16> = if self.paired { x.iter().copied().map(u16::narrow).collect() } else { vec![] };
+        let mut out = vec![0f32; rows * self.outputs];
+        let product = Product {
+            input: if self.paired { narrow.as_ptr().cast() } else { x.as_ptr().cast() },
+            weight: self.data.data_ptr(),
+            out: out.as_mut_ptr().cast(),
+            rows,
+            inputs: self.inputs,
+            outputs: self.outputs,
+            half: self.kind == Kind::BFloat16,
+            paired: self.paired,
+            wide: true,
+        };
+        // SAFETY: memory of these sizes, which outlives the call.
+        unsafe { launch(&product, rows * self.inputs * self.outputs >= SMALL_PARALLEL_FROM) };
+        Some(out)
     }
 }
 
@@ -99,6 +131,8 @@ struct Product {
     outputs: usize,
     half: bool,
     paired: bool,
+    /// Whether results are in f32, whatever the weight.
+    wide: bool,
 }
 
 impl Kernel for Product {
@@ -109,7 +143,9 @@ impl Kernel for Product {
             if self.paired {
                 return pairs(self, thread, threads);
             }
-            if self.half {
+            if self.half && self.wide {
+                self.run::<V, Single<u16, f32>>(thread, threads);
+            } else if self.half {
                 self.run::<V, Single<u16, u16>>(thread, threads);
             } else {
                 self.run::<V, Single<f32, f32>>(thread, threads);
@@ -121,7 +157,14 @@ impl Kernel for Product {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn pairs(product: &Product, thread: usize, threads: usize) {
-    unsafe { product.run::<std::arch::x86_64::__m512, super::product::Pairs>(thread, threads) }
+    use super::product::Pairs;
+    unsafe {
+        if product.wide {
+            product.run::<std::arch::x86_64::__m512, Wide<Pairs>>(thread, threads);
+        } else {
+            product.run::<std::arch::x86_64::__m512, Pairs>(thread, threads);
+        }
+    }
 }
 
 impl Product {
@@ -274,6 +317,15 @@ mod tests {
                 let exact = x.to_kind(Kind::Double).matmul(&weight.to_kind(Kind::Double).transpose(0, 1));
                 let error = f64::try_from((&ours - &exact).abs().max() / exact.abs().max()).unwrap();
                 assert!(error < tolerance, "{kind:?} {rows} x {inputs} x {outputs}: {error}");
+                let plain: Vec<f32> = Vec::try_from(&x.to_kind(Kind::Float).view([-1])).unwrap();
+                let packed = Packed::of(&weight).unwrap().unwrap();
+                if let Some(small) = packed.small_product(&plain, rows as usize) {
+                    let error = (Tensor::from_slice(&small).to_kind(Kind::Double) - exact.view([-1])).abs().max();
+                    let error = f64::try_from(error / exact.abs().max()).unwrap();
+                    assert!(error < 1e-5, "{kind:?} {rows} x {inputs} x {outputs} in f32: {error}");
+                } else {
+                    assert!(inputs % 2 == 1 && kind == Kind::BFloat16);
+                }
             }
         }
     }
@@ -313,6 +365,7 @@ mod tests {
             outputs: 77,
             half: false,
             paired: false,
+            wide: false,
         };
         unsafe { product.share::<[f32; LANES]>(0, 1) };
         assert!(out.equal(&right));
