@@ -6,6 +6,7 @@ use crate::decode::autoregressive::adaptation::Shape;
 use crate::model::Transformer;
 use crate::tensor::kernels::linear::{product, row};
 use crate::tensor::kernels::packed::Packed;
+use crate::tensor::kernels::pointwise::silu;
 use crate::tensor::{Kind, Tensor};
 
 /// Beams that go on: the state of each, its tokens and its score.
@@ -130,10 +131,6 @@ pub fn search(
     Some(Search { beams, scores, steps })
 }
 
-fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
-}
-
 /// The next state of each beam.
 fn advance(
     Searched { head, narrow }: Searched,
@@ -165,7 +162,8 @@ fn advance(
             bias.repeat(tokens.len())
         }
     };
-    next.iter_mut().zip(kept).for_each(|(next, kept)| *next = silu(*next + kept));
+    next.iter_mut().zip(kept).for_each(|(next, kept)| *next += kept);
+    silu(&mut next);
     Some(next)
 }
 
@@ -176,8 +174,9 @@ fn logits(Searched { head, narrow }: Searched, context: &[f32], states: &[f32], 
         x = times(&input.weight, narrow.and_then(|narrow| narrow.input.as_ref()), input.bias.as_ref(), &x, beams)?;
     }
     for (at, block) in head.blocks().iter().enumerate() {
-        let inner = times(&block.weight, narrow.map(|narrow| &narrow.blocks[at]), block.bias.as_ref(), &x, beams)?;
-        x.iter_mut().zip(inner).for_each(|(x, inner)| *x += silu(inner));
+        let mut inner = times(&block.weight, narrow.map(|narrow| &narrow.blocks[at]), block.bias.as_ref(), &x, beams)?;
+        silu(&mut inner);
+        x.iter_mut().zip(inner).for_each(|(x, inner)| *x += inner);
     }
     times(head.head(), narrow.map(|narrow| &narrow.head), None, &x, beams)
 }

@@ -73,8 +73,8 @@ const PLAIN_FIRST: usize = 4;
 /// Tokens of a text's first draft, and beyond what no draft need grow.
 const FIRST: usize = 3;
 const LONGEST: usize = 1 << 10;
-/// Plain steps after drafts on end of which nothing was right: twice as many each time, up to two to this power.
-const WRONG_PAUSE: usize = 6;
+/// Plain steps after drafts on end of which nothing was right: four, and twice as many each time, so often.
+const WRONG_PAUSE: usize = 5;
 /// Further tokens in a forward take at least this share of a plain step, for measuring by.
 const LEAST_COST: f64 = 0.01;
 /// No candidate need be surer than this.
@@ -279,7 +279,7 @@ impl Adaptation {
             // The head may be as sure of a text that it does not know as of others: what counts is what comes of it.
             self.wrong += 1;
             self.longest = (self.longest / 2).max(1);
-            self.pausing = 1 << self.wrong.min(WRONG_PAUSE);
+            self.pausing = 2 << self.wrong.min(WRONG_PAUSE);
         } else {
             self.wrong = 0;
             if path.len() > tree.depth() {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored, exp};
-use super::{Kernel, launch, plain};
+use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Fewer results are not worth other threads.
@@ -136,10 +136,42 @@ impl Gated {
     }
 }
 
+/// `x / (1 + exp(-x))` of each number, in place, on this thread.
+pub fn silu(numbers: &mut [f32]) {
+    if in_use() {
+        // SAFETY: the numbers are the caller's alone, and outlive the call.
+        unsafe { launch(&Silu { numbers: numbers.as_mut_ptr(), count: numbers.len() }, false) };
+    } else {
+        numbers.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x));
+    }
+}
+
+struct Silu {
+    numbers: *mut f32,
+    count: usize,
+}
+
+impl Kernel for Silu {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+        let mine = self.count * thread / threads..self.count * (thread + 1) / threads;
+        let numbers = unsafe { std::slice::from_raw_parts_mut(self.numbers.add(mine.start), mine.len()) };
+        numbers.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use tch::Device;
+
+    #[test]
+    fn silu_is_right() {
+        let mut numbers: Vec<f32> = (-200..200).map(|at| at as f32 / 9.0).collect();
+        let right: Vec<f64> = numbers.iter().map(|x| f64::from(*x) / (1.0 + (-f64::from(*x)).exp())).collect();
+        silu(&mut numbers);
+        assert!(numbers.iter().zip(right).all(|(ours, right)| (f64::from(*ours) - right).abs() < 4e-6), "{numbers:?}");
+    }
 
     #[test]
     fn both_are_libtorchs_within_rounding() {
