@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use lacuna::service::proto::{GenerateRequest, Stopping};
 use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -52,16 +53,18 @@ async fn sigterm_under_load_loses_nothing_and_ends_in_time() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_among_silent_peers_ends_at_the_bound() {
-    let mut process = Process::start(&["--drain-seconds", "1"]);
+    // However fast the machine: what runs takes hundreds of milliseconds, and is given none.
+    let mut process = Process::start(&["--drain-seconds", "0"]);
     let half_open = half_open(&process).await;
     let mut client = process.client();
-    let endless = client.generate(long(4096)).await.expect("it begins").into_inner();
+    let asked = GenerateRequest { stopping: Some(Stopping { max_new_tokens: Some(200), stop: vec![] }), ..long(200) };
+    let endless = client.generate(asked).await.expect("it begins").into_inner();
     process.signal(libc::SIGTERM);
     let begun = Instant::now();
     assert_eq!(read(endless).await.expect_err("it is cut short").code(), Code::Unavailable);
     assert_eq!(process.end().code(), Some(0));
     println!("ended {:?} after the signal", begun.elapsed());
-    assert!((Duration::from_millis(900)..Duration::from_secs(15)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     drop(half_open);
 }
 
