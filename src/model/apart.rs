@@ -108,6 +108,14 @@ mod tests {
             let shares = vec![vec![1, 6], vec![0, 3, 4], vec![2, 5]];
             let apart = run(&|segments| model.forward_apart(segments, &shares).unwrap());
             assert!(apart.equal(&run(&|segments| model.forward_together(segments).unwrap())), "{dtype:?}");
+            // Where it is known to pay, it is done.
+            crate::tensor::set_threads(2);
+            let chosen = run(&|segments| {
+                let small = model.weight_bytes as u64 <= *super::SHARED_CACHE;
+                assert_eq!(model.shares(segments).is_some(), small && model.rows_are_independent());
+                model.forward(segments).unwrap()
+            });
+            assert!(apart.equal(&chosen), "{dtype:?}");
         }
     }
 

@@ -1,8 +1,9 @@
 //! The service: puts one engine per model on gRPC, and on HTTP beside it, with health, reflection, deadlines and an orderly end.
 //!
 //! A call passes `boundary` (deadline, panics, unreadable messages), becomes an engine request in `convert`, and its events
-//! come back through `generation` and `events`; `compare` runs several of them on one prompt, for `local` callers too. Every error is turned into a status in `status` and nowhere else.
-//! `lifecycle` warms up and shuts down. The service knows nothing of tensors; the engine knows nothing of the service.
+//! come back through `generation` and `events`; `compare` runs several of them on one prompt, for `local` callers too. Every error
+//! is turned into a status in `status` and nowhere else. `registry` and `library` have the models; `tls`, `tokens` and `access` say
+//! who may call. `lifecycle` warms up and shuts down. The service knows nothing of tensors; the engine knows nothing of the service.
 
 pub(crate) mod access;
 pub(crate) mod boundary;

@@ -173,5 +173,6 @@ pub fn limits(options: &ServeOptions) -> proto::Limits {
         keepalive_timeout_seconds: listen::KEEPALIVE_TIMEOUT.as_secs_f64(),
         pending_resets_max: listen::PENDING_RESETS_MAX as u64,
         drain_seconds: options.drain_timeout.as_secs_f64(),
+        choices_max: crate::http::api::CHOICES_MAX,
     }
 }

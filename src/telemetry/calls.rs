@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 
 use axum::body::{Bytes, HttpBody};
 use axum::extract::MatchedPath;
-use http::{HeaderMap, HeaderValue, Request, Response};
+use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use http_body::{Frame, SizeHint};
 use prost::Message;
 use prost_types::FileDescriptorSet;
@@ -89,6 +89,7 @@ where
         let asked = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
         let account = Account::open(&self.calls.telemetry, method, asked, request.headers());
         request.extensions_mut().insert(account.clone());
+        let bodiless = request.method() == Method::HEAD;
         // Dropped with the future, should the client let go before there is a response.
         let closing = Closing::new(account.clone());
         let handled = self.inner.call(request);
@@ -101,6 +102,10 @@ where
             let grpc = kind.is_some_and(|kind| kind.starts_with("application/grpc"));
             let at_end = (!grpc).then_some(Outcome::Http(response.status()));
             note_grpc(&account, response.headers());
+            if bodiless {
+                // Nobody will ask for the body.
+                account.settle(Outcome::Http(response.status()));
+            }
             Ok(response.map(|body| Watched::new(body, account, at_end, Some(closing))))
         })
     }

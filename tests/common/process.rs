@@ -94,9 +94,13 @@ impl Process {
 
     /// A path's status and body.
     pub fn get(&self, path: &str) -> (u16, String) {
+        self.ask("GET", path)
+    }
+
+    pub fn ask(&self, method: &str, path: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(self.http).expect("it listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").expect("it reads");
+        write!(stream, "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").expect("it reads");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("it answers");
         let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
@@ -155,18 +159,20 @@ pub fn request(text: &str) -> GenerateRequest {
     GenerateRequest { prompt: Some(Prompt::Text(text.into())), ..GenerateRequest::default() }
 }
 
-/// A request that takes exactly `steps` steps over a canvas of 64.
+/// A request that takes exactly `steps` steps, or as many as the model has room for: seconds, if there are many.
 pub fn long(steps: u64) -> GenerateRequest {
+    // No step commits less than a cell.
+    let cells = steps.clamp(64, 220);
     let diffusion = Diffusion {
         steps: Some(steps),
         suppress_end: Some(true),
         finish_early: Some(false),
-        block_length: Some(64),
+        block_length: Some(cells),
         ..Diffusion::default()
     };
     GenerateRequest {
         method: Some(Method::Diffusion(diffusion)),
-        stopping: Some(Stopping { max_new_tokens: Some(64), stop: vec![] }),
+        stopping: Some(Stopping { max_new_tokens: Some(cells), stop: vec![] }),
         ..request(PROMPT)
     }
 }

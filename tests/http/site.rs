@@ -1,15 +1,11 @@
 //! The page's files and health, and who may call from where.
 
-use std::time::{Duration, Instant};
-
 use http::{HeaderValue, Method};
-use lacuna::engine::Limits;
-use lacuna::engine::request::{DiffusionOptions, GenerateOptions, Prompt, validate};
 use lacuna::service::ServeOptions;
 use serde_json::json;
 
 use crate::client::{Answer, Client, LIMITS};
-use crate::harness::{PATIENCE, engine, serve_engine, server, start};
+use crate::harness::{occupied, serve_engine, server, start};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_is_whole_and_may_load_nothing_else() {
@@ -64,36 +60,7 @@ async fn other_origins_may_call_if_they_are_named() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_waits_for_the_warm_up() {
-    let (info, engine) = engine(Limits { resident: 1, ..LIMITS });
-    // The warm-up has to wait for this one, which takes minutes.
-    let diffusion = DiffusionOptions {
-        steps: Some(4000),
-        block_length: Some(200),
-        suppress_end: Some(true),
-        finish_early: Some(false),
-        ..DiffusionOptions::default()
-    };
-    let options = GenerateOptions {
-        id: "first".into(),
-        prompt: Prompt::Tokens(vec![]),
-        template: vec![],
-        max_new_tokens: Some(200),
-        method: None,
-        diffusion,
-        autoregressive: Default::default(),
-        sampling: Default::default(),
-        stops: vec![],
-        steps: false,
-        deadline: None,
-        priority: 0,
-    };
-    let events = engine.submit(validate(&info, options).expect("it is valid")).expect("there is room");
-    // Until it has the only place, the warm-up, whose priority is higher, would go first.
-    let begun = Instant::now();
-    while engine.load().residents == 0 {
-        assert!(begun.elapsed() < PATIENCE, "it gets no place");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let (info, engine, events) = occupied().await;
     let server = serve_engine(info, engine, ServeOptions::default()).await;
     let client = Client::new(&server);
     let health = client.get("/health").await;

@@ -40,6 +40,21 @@ fn a_check_tells_what_is_in_force_and_why() {
 }
 
 #[test]
+fn whoever_listens_beyond_the_machine_is_warned() {
+    let warned = |flags: &[&str]| {
+        let output = lacuna(&[&["serve", "--check", "--http", "127.0.0.1:0"][..], flags].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        stdout(&output).lines().filter(|line| line.starts_with("# warning: listening on 0.0.0.0:0 beyond")).count()
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    let entry = lacuna(&["token", "x"]);
+    let tokens = write(folder.path(), "tokens.toml", stderr(&entry));
+    assert_eq!(warned(&["--address", "127.0.0.1:0"]), 0);
+    assert_eq!(warned(&["--address", "0.0.0.0:0"]), 2, "neither TLS nor tokens");
+    assert_eq!(warned(&["--address", "0.0.0.0:0", "--tokens", path(&tokens)]), 1, "no TLS");
+}
+
+#[test]
 fn a_check_names_every_problem() {
     let folder = tempfile::tempdir().expect("a folder");
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use lacuna::engine::Limits;
-use lacuna::engine::request::{GenerateOptions, Prompt, validate};
 use lacuna::service::ServeOptions;
 use tokio::io::AsyncWriteExt;
 use tonic::Code;
@@ -11,7 +10,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::harness::{PATIENCE, collect, engine, generate, long, serve_engine, server, start, started};
+use crate::harness::{PATIENCE, collect, generate, long, occupied, serve_engine, server, start, started};
 
 const LIMITS: Limits = Limits { resident: 1, queued: 4, tokens: None, queued_tokens: None, prefix_tokens: None };
 
@@ -99,36 +98,7 @@ async fn an_idle_server_ends_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_waits_for_the_warm_up() {
-    let (info, engine) = engine(LIMITS);
-    // The warm-up has to wait for this one, which nobody reads.
-    let options = GenerateOptions {
-        id: "first".into(),
-        prompt: Prompt::Tokens(vec![]),
-        template: vec![],
-        max_new_tokens: Some(200),
-        method: None,
-        autoregressive: Default::default(),
-        // As long as `long` of the harness: seconds.
-        diffusion: lacuna::engine::request::DiffusionOptions {
-            steps: Some(200),
-            block_length: Some(200),
-            suppress_end: Some(true),
-            finish_early: Some(false),
-            ..Default::default()
-        },
-        sampling: Default::default(),
-        stops: vec![],
-        steps: true,
-        deadline: None,
-        priority: 0,
-    };
-    let events = engine.submit(validate(&info, options).expect("it is valid")).expect("there is room");
-    // Until it has the only place, the warm-up, whose priority is higher, would go first.
-    let begun = Instant::now();
-    while engine.load().residents == 0 {
-        assert!(begun.elapsed() < PATIENCE, "it gets no place");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let (info, engine, events) = occupied().await;
     let server = serve_engine(info, engine, ServeOptions::default()).await;
     let mut health = HealthClient::new(server.channel().await);
     for service in ["", "lacuna.v1.Generation", "lacuna.v1.Models", "lacuna.v1.Tokenization"] {

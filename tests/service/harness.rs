@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lacuna::checkpoint::Checkpoint;
-use lacuna::engine::request::ModelInfo;
-use lacuna::engine::{Engine, Limits};
+use lacuna::engine::request::{self, DiffusionOptions, GenerateOptions, ModelInfo, validate};
+use lacuna::engine::{self, Engine, Failure, Limits};
 use lacuna::http::listen::Acceptor;
 use lacuna::service::proto::generate_event::Event;
 use lacuna::service::proto::generate_request::{Method, Prompt};
@@ -18,7 +18,7 @@ use lacuna::service::proto::{
 use lacuna::service::{Listeners, ServeError, ServeOptions, Served, serve};
 use lacuna::tensor::Placement;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
@@ -65,6 +65,40 @@ pub fn engine(limits: Limits) -> (Arc<ModelInfo>, Engine) {
     let engine =
         Engine::start(model, lacuna::draft::Drafters::default(), info.tokenizer.clone(), limits).expect("the engine starts");
     (info, engine)
+}
+
+/// An engine with one place, which a request that nobody reads has for as long as that is kept: a warm-up would have to wait.
+pub async fn occupied() -> (Arc<ModelInfo>, Engine, mpsc::Receiver<Result<engine::Event, Failure>>) {
+    let (info, engine) = engine(Limits { resident: 1, queued: 4, ..Limits::default() });
+    let options = GenerateOptions {
+        id: "first".into(),
+        prompt: request::Prompt::Tokens(vec![]),
+        template: vec![],
+        max_new_tokens: Some(200),
+        method: None,
+        autoregressive: Default::default(),
+        // As long as `long`: seconds.
+        diffusion: DiffusionOptions {
+            steps: Some(200),
+            block_length: Some(200),
+            suppress_end: Some(true),
+            finish_early: Some(false),
+            ..Default::default()
+        },
+        sampling: Default::default(),
+        stops: vec![],
+        steps: true,
+        deadline: None,
+        priority: 0,
+    };
+    let events = engine.submit(validate(&info, options).expect("it is valid")).expect("there is room");
+    // Until it has the only place, the warm-up, whose priority is higher, would go first.
+    let begun = Instant::now();
+    while engine.load().residents == 0 {
+        assert!(begun.elapsed() < PATIENCE, "it gets no place");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    (info, engine, events)
 }
 
 pub async fn serve_engine(info: Arc<ModelInfo>, engine: Engine, options: ServeOptions) -> TestServer {

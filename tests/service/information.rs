@@ -1,11 +1,15 @@
 //! What the server tells of itself: its models, its tokenizer, its API.
 
+use std::time::Duration;
+
+use lacuna::engine::Limits;
+use lacuna::service::ServeOptions;
 use lacuna::service::proto::models_client::ModelsClient;
 use lacuna::service::proto::tokenization_client::TokenizationClient;
 use lacuna::service::proto::{DetokenizeRequest, GetModelRequest, ListModelsRequest, TokenizeRequest};
 use tonic::Code;
 
-use crate::harness::{assert_refused, server};
+use crate::harness::{assert_refused, server, start};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn models_are_described() {
@@ -28,6 +32,26 @@ async fn models_are_described() {
     }
     let status = client.get(GetModelRequest { name: "gpt".into() }).await.expect_err("it is not there");
     assert_refused(&status, Code::NotFound, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_limit_is_told_as_it_is_in_force() {
+    let options = ServeOptions {
+        message_bytes_max: 1 << 20,
+        connections_max: 7,
+        streams_per_connection_max: 5,
+        request_time_max: Duration::from_secs(11),
+        drain_timeout: Duration::from_millis(2500),
+        ..ServeOptions::default()
+    };
+    let server = start(Limits { resident: 4, queued: 16, ..Limits::default() }, options).await;
+    let mut client = ModelsClient::new(server.channel().await);
+    let limits = client.list(ListModelsRequest {}).await.expect("a list").into_inner().limits.expect("limits");
+    assert_eq!((limits.message_bytes_max, limits.connections_max, limits.streams_per_connection_max), (1 << 20, 7, 5));
+    assert_eq!((limits.request_seconds_max, limits.drain_seconds, limits.choices_max), (11.0, 2.5, 16));
+    // Every field of the message has a value: what is not filled in is 0.
+    let told = format!("{limits:?}");
+    assert!(told.matches(": ").count() >= 27 && !told.contains(": 0,") && !told.contains(": 0.0,"), "{told}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

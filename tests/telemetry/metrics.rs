@@ -36,6 +36,7 @@ async fn a_scrape_counts_what_was_asked() {
     bad.stopping = Some(lacuna::service::proto::Stopping { max_new_tokens: Some(0), stop: vec![] });
     assert_eq!(generate(&mut client, bad).await.expect_err("no room").code(), Code::InvalidArgument);
     assert_eq!(process.get("/nowhere").0, 404);
+    assert_eq!(process.ask("HEAD", "/").0, 200);
 
     let after = scrape(&process);
     let calls = |model, code| after.sum("lacuna_requests_total", &[GENERATE, ("model", model), ("code", code)]);
@@ -45,6 +46,8 @@ async fn a_scrape_counts_what_was_asked() {
     assert_eq!(after.sum("lacuna_request_seconds_count", &[GENERATE]), 7.0);
     assert_eq!(after.sum("lacuna_requests_inflight", &[GENERATE]), 0.0);
     assert_eq!(after.sum("lacuna_requests_total", &[("method", "other"), ("code", "404")]), 1.0);
+    // A response without a body is a whole one.
+    assert_eq!(after.sum("lacuna_requests_total", &[("method", "/"), ("code", "200")]), 1.0);
     assert!(!after.values("model").contains("somebody-elses"), "a stranger chose a label");
 
     let grown = |name: &str, labels: &[(&str, &str)]| after.sum(name, labels) - before.sum(name, labels);

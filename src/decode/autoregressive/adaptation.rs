@@ -4,8 +4,9 @@
 //! whose first `k` tokens were right within the first `w` beams, and costs one forward of its nodes and the drafter's own work. The
 //! best shape is that with most tokens a second; where plain decoding is better, nothing is drafted, and a small draft now and
 //! then looks whether that still holds. Within a shape, a drafter that knows how sure it is leaves out what promises less than it costs
-//! ([`Adaptation::least`]): texts that it does not know cost little, and those that it does get long drafts. Costs are data: measured before the first draft, and corrected by what forwards and drafts
-//! then take ([`Adaptation::timed`]), since a machine is seldom as it was. This module has no clock.
+//! ([`Adaptation::least`]): texts that it does not know cost little, and those that it does get long drafts. Costs are data: measured
+//! before the first draft, and corrected by what forwards and drafts then take ([`Adaptation::timed`]), since a machine is seldom as
+//! it was. This module has no clock.
 
 use std::sync::Arc;
 

@@ -15,7 +15,7 @@ use crate::service::proto::generate_request::{Method, Prompt};
 use crate::service::proto::{Chat, GenerateRequest, Message, Sampling, Stopping, TemplatePiece, TokenIds, template_piece};
 
 /// Choices of one request: each takes a place of its own in the engine.
-const CHOICES_MAX: u64 = 16;
+pub const CHOICES_MAX: u64 = 16;
 
 /// Which of the three a body is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

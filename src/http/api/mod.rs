@@ -39,6 +39,7 @@ use crate::service::registry::Registry;
 use crate::service::{Served, status};
 use crate::telemetry::{Account, Outcome};
 use answer::{Answer, Whole};
+pub use ask::CHOICES_MAX;
 use ask::{Ask, Endpoint};
 use choice::{Choice, Delta};
 pub use error::Error;

@@ -200,3 +200,22 @@ static FAST: LazyLock<bool> = LazyLock::new(|| {
     let fast = cfg!(target_arch = "aarch64");
     fast && std::env::var_os("LACUNA_KERNELS").is_none_or(|wish| wish != "off")
 });
+
+#[cfg(test)]
+mod tests {
+    use super::side_by_side;
+
+    #[test]
+    fn parts_give_their_results_in_order_and_their_panics_to_the_caller() {
+        for (threads, parts) in [(1, 3), (2, 1), (2, 2), (2, 7), (4, 0)] {
+            crate::tensor::set_threads(threads);
+            // SAFETY: the parts share nothing.
+            let squares = unsafe { side_by_side(parts, |part| part * part) };
+            assert!(squares.into_iter().eq((0..parts).map(|part| part * part)));
+        }
+        let panicked = std::panic::catch_unwind(|| unsafe { side_by_side(4, |part| assert_ne!(part, 2, "the third")) });
+        let panic = panicked.expect_err("one part panics");
+        assert!(panic.downcast_ref::<String>().is_some_and(|said| said.contains("the third")));
+        assert_eq!(unsafe { side_by_side(2, |part| part) }, [0, 1], "the threads are as good as before");
+    }
+}

@@ -457,8 +457,8 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await run(page);
         assert.equal(await canvas(page, "diffusion"), await canvas(page, "autoregressive"));
         assert.match(await page.locator("#outcome").textContent(), /Both wrote the same text/);
-        await own.stop();
         await close(page);
+        await own.stop();
     });
 
     test("asks for a token where the server wants one, and keeps it for the tab alone", async (context) => {
@@ -481,7 +481,7 @@ describe("the page", { timeout: 5 * PATIENCE_MS }, () => {
         await page.waitForFunction(() => location.hash.length > 10);
         assert.ok(!atob(new URL(page.url()).hash.slice(1).replaceAll("-", "+").replaceAll("_", "/")).includes(token));
         assert.deepEqual(await page.evaluate(() => [localStorage.length, sessionStorage.length]), [0, 1]);
-        await own.stop();
         await close(page);
+        await own.stop();
     });
 });
