@@ -33,7 +33,7 @@ fn start(name: &str, placement: Placement, limits: Limits) -> (ModelInfo, Engine
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let network = checkpoint.load(placement, 4096, &mut |_| {}).unwrap();
     let drafters = Drafters::load(&folder.join("drafters"), network.config(), placement).unwrap();
-    let model = ModelInfo::new(checkpoint, network.context(), placement, drafters.infos());
+    let model = ModelInfo::new(checkpoint, &network, drafters.infos());
     let engine = Engine::start(network, drafters, model.tokenizer.clone(), limits).unwrap();
     (model, engine)
 }

@@ -504,6 +504,8 @@ fn info(name: &str, generation: Value, context: usize) -> ModelInfo {
         tokenizer: Arc::new(tokenizer),
         context,
         placement: F32,
+        quantization: None,
+        weight_bytes: 0,
         drafters: vec![],
     }
 }

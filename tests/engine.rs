@@ -19,7 +19,7 @@ fn start(limits: Limits) -> (ModelInfo, Engine) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano");
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let network = checkpoint.load(Placement::CPU_F32, 4096, &mut |_| {}).unwrap();
-    let model = ModelInfo::new(checkpoint, network.context(), network.placement(), vec![]);
+    let model = ModelInfo::new(checkpoint, &network, vec![]);
     let engine = Engine::start(network, Drafters::default(), model.tokenizer.clone(), limits).unwrap();
     (model, engine)
 }

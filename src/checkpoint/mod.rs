@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::model::quantized::{Quantizing, Scheme};
 use crate::model::{ModelError, TensorSpec, Transformer, manifest};
 use crate::tensor::{Placement, TchError};
 use chat::ChatTemplate;
@@ -132,12 +133,26 @@ impl Checkpoint {
         positions: usize,
         loaded: &mut dyn FnMut(&TensorSpec),
     ) -> Result<Transformer, CheckpointError> {
+        self.load_as(None, placement, positions, loaded)
+    }
+
+    /// Likewise, with the projections that are stored as floats quantised on the way.
+    pub fn load_as(
+        &self,
+        quantize: Option<Scheme>,
+        placement: Placement,
+        positions: usize,
+        loaded: &mut dyn FnMut(&TensorSpec),
+    ) -> Result<Transformer, CheckpointError> {
         let problems = self.problems();
         if !problems.is_empty() {
             return Err(CheckpointError::Problems(problems));
         }
         let mut source = WeightSource { files: &self.files, placement, loaded };
-        tch::no_grad(|| Transformer::new(&self.config, placement, positions, &mut source))
+        tch::no_grad(|| match quantize {
+            None => Transformer::new(&self.config, placement, positions, &mut source),
+            Some(scheme) => Transformer::new(&self.config, placement, positions, &mut Quantizing { source, scheme }),
+        })
     }
 }
 

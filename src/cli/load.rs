@@ -12,6 +12,7 @@ use crate::draft::Drafters;
 use crate::engine::memory;
 use crate::engine::request::{ModelInfo, check_defaults};
 use crate::engine::{Engine, Limits};
+use crate::model::quantized::Scheme;
 use crate::model::{Transformer, manifest};
 use crate::service::{Loader, Need, Served};
 use crate::tensor::{self, Device, Dtype, Placement};
@@ -40,6 +41,9 @@ pub struct RunOptions {
     /// f32, f16 or bf16 [default: f32 on the CPU, as stored on a GPU]
     #[arg(long)]
     pub dtype: Option<Dtype>,
+    /// Hold the projections' weights in fewer bits: int8, int8-weight-only, int4, fp8 or fp8-block. What is stored quantised stays as it is
+    #[arg(long, value_name = "SCHEME")]
+    pub quantize: Option<Scheme>,
     /// Threads of one operation; 0 leaves it to libtorch
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -71,12 +75,12 @@ impl RunOptions {
         tensor::set_threads(self.threads);
         let placement = self.placement(&checkpoint).map_err(anyhow::Error::msg)?;
         let bar = progress("loading", manifest(&checkpoint.config).len(), checkpoint.files.bytes());
-        let network = checkpoint.load(placement, self.context as usize, &mut |_| bar.inc(1))?;
+        let network = checkpoint.load_as(self.quantize, placement, self.context as usize, &mut |_| bar.inc(1))?;
         bar.finish_and_clear();
         let folder = self.drafters.clone().unwrap_or_else(|| checkpoint.path.join("drafters"));
         ensure!(self.drafters.is_none() || folder.is_dir(), "there is no folder {} of draft heads", folder.display());
         let drafters = Drafters::load(&folder, &checkpoint.config, placement).map_err(|error| anyhow!(error))?;
-        let info = ModelInfo::new(checkpoint, network.context(), placement, drafters.infos());
+        let info = ModelInfo::new(checkpoint, &network, drafters.infos());
         check_defaults(&info).map_err(anyhow::Error::msg)?;
         Ok((info, network, drafters))
     }

@@ -203,6 +203,7 @@ impl Sweep<'_> {
             drafters: None,
             device: self.plan.device.clone(),
             dtype: Some(self.plan.dtype(path).parse().map_err(anyhow::Error::msg)?),
+            quantize: None,
             threads: self.plan.threads,
             context: 4096,
         };

@@ -11,18 +11,22 @@ mod apart;
 pub mod cache;
 pub mod family;
 pub mod forward;
+pub mod linear;
+pub mod quantized;
 pub mod rotary;
 pub mod statistics;
 
 use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
-use crate::tensor::kernels::packed::Packed;
 use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor, kernels};
 use family::{Attention, Names};
+use linear::{Linear, bytes, join};
+use quantized::{Matrix, Scheme};
 use rotary::{Rotary, rotate};
 
 pub use forward::{Layout, Segment};
+pub use linear::linear;
 
 /// A forward pass could not be run.
 #[derive(Debug, Error)]
@@ -63,6 +67,17 @@ pub struct TensorSpec {
 pub trait Source {
     type Error: From<ModelError>;
     fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor, Self::Error>;
+
+    /// The weight of a projection, which may be quantised.
+    fn matrix(&mut self, spec: &TensorSpec) -> Result<Matrix, Self::Error> {
+        Ok(Matrix::Plain(self.tensor(spec)?))
+    }
+
+    /// The vocabulary head; `None` where it is the embedding as it lies, which is so without a `spec` unless the source has another
+    /// form of it.
+    fn head(&mut self, spec: Option<&TensorSpec>, _embedding: &Tensor) -> Result<Option<Matrix>, Self::Error> {
+        spec.map(|spec| self.matrix(spec)).transpose()
+    }
 }
 
 /// Every tensor of the model, in the order that [`Transformer::new`] asks for them.
@@ -108,49 +123,6 @@ pub fn manifest_as(config: &ModelConfig, names: &Names) -> Vec<TensorSpec> {
     specs
 }
 
-struct Linear {
-    weight: Weight,
-    bias: Option<Tensor>,
-}
-
-enum Weight {
-    /// `[outputs, inputs]`.
-    Plain(Tensor),
-    /// Rearranged for our own kernel: for inference on the CPU.
-    Packed(Packed),
-}
-
-impl Linear {
-    fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self, ModelError> {
-        let weight = match Packed::of(&weight)? {
-            Some(packed) => Weight::Packed(packed),
-            None => Weight::Plain(weight),
-        };
-        Ok(Self { weight, bias })
-    }
-
-    /// Runs in the weight's own type. Where that is narrower than the residual stream's (a trainer keeps the stream in f32 and
-    /// the projections in bf16), this is the place that narrows; otherwise the conversion is free.
-    fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        match &self.weight {
-            Weight::Plain(weight) => linear(&x.f_to_kind(weight.f_kind()?)?, weight, self.bias.as_ref()),
-            Weight::Packed(packed) => match (packed.product(&x.f_to_kind(packed.kind())?)?, &self.bias) {
-                (Some(out), Some(bias)) => Ok(out.f_add(bias)?),
-                (Some(out), None) => Ok(out),
-                (None, _) => Err(ModelError::Torch(format!("a product for inference was given {:?}", x.size()))),
-            },
-        }
-    }
-}
-
-/// `x · weightᵀ + bias`, by our own kernel where there is one.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, ModelError> {
-    match kernels::linear::linear(x, weight, bias)? {
-        Some(out) => Ok(out),
-        None => Ok(x.f_linear(weight, bias)?),
-    }
-}
-
 /// Only who cut the text into blocks knows who sees whom.
 const BY_SPANS: &str = "a block-causal sequence is run by spans over a cache";
 
@@ -166,6 +138,14 @@ struct Layer {
     down: Linear,
 }
 
+/// What turns final hidden states into logits.
+enum Head {
+    /// The embedding, row by row.
+    Embedding,
+    Plain(Tensor),
+    Quantized(Linear),
+}
+
 /// A loaded network.
 pub struct Transformer {
     config: ModelConfig,
@@ -173,7 +153,7 @@ pub struct Transformer {
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: Tensor,
-    head: Option<Tensor>,
+    head: Head,
     rotary: Rotary,
     weight_bytes: usize,
 }
@@ -188,31 +168,39 @@ impl Transformer {
     ) -> Result<Self, S::Error> {
         let mut specs = manifest(config).into_iter();
         let mut next = || match specs.next() {
-            Some(spec) => source.tensor(&spec),
+            Some(spec) => spec,
             None => unreachable!("the manifest and the stack list the same tensors"),
         };
-        let embedding = next()?;
+        let embedding = source.tensor(&next())?;
         let mut layers = Vec::with_capacity(config.layers);
         for _ in 0..config.layers {
             let mut linear = |parts: usize, bias: bool| -> Result<Linear, S::Error> {
                 let (mut weights, mut biases) = (vec![], vec![]);
                 for _ in 0..parts {
-                    weights.push(next()?);
-                    biases.extend(if bias { Some(next()?) } else { None });
+                    weights.push(source.matrix(&next())?);
+                    biases.extend(if bias { Some(source.tensor(&next())?) } else { None });
                 }
-                Ok(join(weights, biases)?)
+                Ok(join(weights, biases, placement)?)
             };
             let (qkv, output) = (linear(3, config.qkv_bias)?, linear(1, config.output_bias)?);
             let (gate_up, down) = (linear(2, config.mlp_bias)?, linear(1, config.mlp_bias)?);
-            let (attention_norm, mlp_norm) = (next()?, next()?);
-            let qk_norm = if config.family.qk_norm { Some((next()?, next()?)) } else { None };
+            let mut norm = || source.tensor(&next());
+            let (attention_norm, mlp_norm) = (norm()?, norm()?);
+            let qk_norm = if config.family.qk_norm { Some((norm()?, norm()?)) } else { None };
             layers.push(Layer { attention_norm, qkv, output, qk_norm, mlp_norm, gate_up, down });
         }
-        let norm = next()?;
-        let head = if config.tied { None } else { Some(next()?) };
+        let norm = source.tensor(&next())?;
+        let spec = if config.tied { None } else { Some(next()) };
+        let head = match source.head(spec.as_ref(), &embedding)? {
+            None => Head::Embedding,
+            // It has the few rows that are wanted, and is as well read as it lies.
+            Some(Matrix::Plain(weight)) => Head::Plain(weight),
+            Some(quantized) => Head::Quantized(Linear::new(quantized, None, placement)?),
+        };
         let rotary = Rotary::new(config, positions.min(config.max_positions), placement.device)?;
-        let weight_bytes = config.parameters() * placement.dtype.size();
-        Ok(Self { config: config.clone(), placement, embedding, layers, norm, head, rotary, weight_bytes })
+        let mut model = Self { config: config.clone(), placement, embedding, layers, norm, head, rotary, weight_bytes: 0 };
+        model.weight_bytes = model.bytes();
+        Ok(model)
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -221,6 +209,32 @@ impl Transformer {
 
     pub fn placement(&self) -> Placement {
         self.placement
+    }
+
+    /// How the projections' weights came, if not as floats.
+    pub fn quantization(&self) -> Option<Scheme> {
+        self.layers.first().and_then(|layer| layer.down.scheme())
+    }
+
+    /// Bytes of all weights, as they are held.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    fn bytes(&self) -> usize {
+        let linears =
+            |layer: &Layer| [&layer.qkv, &layer.output, &layer.gate_up, &layer.down].map(Linear::bytes).iter().sum::<usize>();
+        let norms = |layer: &Layer| {
+            let (query, key) = layer.qk_norm.as_ref().map_or((0, 0), |(query, key)| (bytes(query), bytes(key)));
+            bytes(&layer.attention_norm) + bytes(&layer.mlp_norm) + query + key
+        };
+        let head = match &self.head {
+            Head::Embedding => 0,
+            Head::Plain(weight) => bytes(weight),
+            Head::Quantized(head) => head.bytes(),
+        };
+        let layers: usize = self.layers.iter().map(|layer| linears(layer) + norms(layer)).sum();
+        bytes(&self.embedding) + layers + bytes(&self.norm) + head
     }
 
     /// Longest sequence that [`Transformer::hidden`] takes.
@@ -266,7 +280,11 @@ impl Transformer {
 
     /// Logits of chosen rows, `hidden: [rows, hidden]` to `[rows, vocab]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        let head = match &self.head {
+            Head::Embedding => &self.embedding,
+            Head::Plain(weight) => weight,
+            Head::Quantized(head) => return head.forward(hidden),
+        };
         linear(&hidden.f_to_kind(head.f_kind()?)?, head, None)
     }
 
@@ -337,18 +355,6 @@ impl Transformer {
             return Ok(normed);
         }
         Ok(x.f_rms_norm(weight.size(), Some(weight), self.config.norm_eps)?)
-    }
-}
-
-/// Several products of one input as one: their outputs side by side.
-fn join(mut weights: Vec<Tensor>, mut biases: Vec<Tensor>) -> Result<Linear, ModelError> {
-    let one = |parts: &mut Vec<Tensor>| match parts.len() {
-        0 | 1 => Ok(parts.pop()),
-        _ => Tensor::f_cat(parts, 0).map(Some),
-    };
-    match one(&mut weights)? {
-        Some(weight) => Linear::new(weight, one(&mut biases)?),
-        None => Err(ModelError::Torch("a product was made of no weights".into())),
     }
 }
 

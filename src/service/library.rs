@@ -35,7 +35,7 @@ impl Need {
         let info = &model.info;
         let drafters = info.drafters.iter().filter(|drafter| drafter.kind != DrafterKind::Chain);
         Self {
-            weights: (info.weight_bytes() + drafters.map(|drafter| drafter.bytes).sum::<usize>()) as u64,
+            weights: (info.weight_bytes + drafters.map(|drafter| drafter.bytes).sum::<usize>()) as u64,
             token: memory::bytes_per_token(&info.config, info.placement) as u64,
             tokens_min: info.context,
             tokens: model.engine.bounds().tokens,

@@ -90,7 +90,8 @@ pub fn describe(model: &Served) -> proto::Model {
         context: info.context as u64,
         dtype: info.placement.dtype.name().into(),
         device: info.placement.device_name(),
-        weight_bytes: info.weight_bytes() as u64,
+        quantization: info.quantization.map(|scheme| scheme.to_string()).unwrap_or_default(),
+        weight_bytes: info.weight_bytes as u64,
         default_max_new_tokens: info.default_canvas() as u64,
         default_diffusion: Some(convert::diffusion_message(&defaults.unwrap_or_default())),
         default_sampling: Some(proto::Sampling {

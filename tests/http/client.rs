@@ -30,7 +30,7 @@ pub async fn pair() -> TestServer {
     let checkpoint = Checkpoint::open(&folder).expect("the model opens");
     let network = checkpoint.load(Placement::CPU_F32, 4096, &mut |_| {}).expect("the model loads");
     let drafters = Drafters::load(&folder.join("drafters"), network.config(), Placement::CPU_F32).expect("drafters");
-    let causal = ModelInfo::new(checkpoint, network.context(), Placement::CPU_F32, drafters.infos());
+    let causal = ModelInfo::new(checkpoint, &network, drafters.infos());
     let causal_engine = Engine::start(network, drafters, causal.tokenizer.clone(), LIMITS).expect("the engine starts");
     let models = vec![Served { info, engine }, Served { info: Arc::new(causal), engine: causal_engine }];
     let server = serve_models(models, ServeOptions::default()).await;

@@ -20,6 +20,8 @@ use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::canvas::{Canvas, Piece};
 use crate::decode::{Penalties, Sampling};
 use crate::draft::DrafterInfo;
+use crate::model::Transformer;
+use crate::model::quantized::Scheme;
 use crate::telemetry::Trace;
 use crate::tensor::Placement;
 
@@ -52,21 +54,22 @@ pub struct ModelInfo {
     /// Prompt and canvas together, in tokens.
     pub context: usize,
     pub placement: Placement,
+    /// How the projections' weights are quantised, if they are.
+    pub quantization: Option<Scheme>,
+    /// Bytes of the weights as they are held, without drafters'.
+    pub weight_bytes: usize,
     /// Who can draft for it.
     pub drafters: Vec<DrafterInfo>,
 }
 
 impl ModelInfo {
-    /// Takes over the checkpoint's tokenizer. `context` is that of the loaded network.
-    pub fn new(checkpoint: Checkpoint, context: usize, placement: Placement, drafters: Vec<DrafterInfo>) -> Self {
+    /// Takes over the checkpoint's tokenizer; `network` is what was loaded of it.
+    pub fn new(checkpoint: Checkpoint, network: &Transformer, drafters: Vec<DrafterInfo>) -> Self {
         let name = checkpoint.name();
         let Checkpoint { config, generation, tokenizer, mask_token_id, .. } = checkpoint;
-        Self { name, config, generation, tokenizer: Arc::new(tokenizer), mask_token_id, context, placement, drafters }
-    }
-
-    /// Bytes of the weights, without drafters'.
-    pub fn weight_bytes(&self) -> usize {
-        self.config.parameters() * self.placement.dtype.size()
+        let (context, placement, tokenizer) = (network.context(), network.placement(), Arc::new(tokenizer));
+        let (quantization, weight_bytes) = (network.quantization(), network.weight_bytes());
+        Self { name, config, generation, tokenizer, mask_token_id, context, placement, quantization, weight_bytes, drafters }
     }
 
     /// Tokens that a canvas gets when the request does not say.

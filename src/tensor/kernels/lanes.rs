@@ -16,6 +16,32 @@ pub trait Lanes: Copy {
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn load_bf16(from: *const u16) -> Self;
+
+    /// Sixteen whole numbers of eight bits.
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        unsafe { Self::load(from.cast::<[i8; LANES]>().read_unaligned().map(f32::from).as_ptr()) }
+    }
+
+    /// The lower and the upper halves of sixteen bytes, each a whole number of four bits.
+    #[inline(always)]
+    unsafe fn load_i4(from: *const u8) -> (Self, Self) {
+        let bytes = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
+        let (low, high) = (bytes.map(|byte| f32::from(byte << 4 >> 4)), bytes.map(|byte| f32::from(byte >> 4)));
+        unsafe { (Self::load(low.as_ptr()), Self::load(high.as_ptr())) }
+    }
+
+    /// Sixteen floats of eight bits, with four of exponent. What is no number there is read as some number.
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> Self {
+        let wide = unsafe { from.cast::<[u8; LANES]>().read_unaligned() }.map(|byte| {
+            // As the upper bits of an f32, whose exponent is larger by 120; the product takes it off, also from what has none.
+            let float = f32::from_bits(u32::from(byte & 0x7f) << 20) * f32::from_bits((127 + 120) << 23);
+            f32::from_bits(float.to_bits() | u32::from(byte & 0x80) << 24)
+        });
+        unsafe { Self::load(wide.as_ptr()) }
+    }
+
     unsafe fn multiply_add(self, by: Self, sum: Self) -> Self;
     unsafe fn store(self) -> [f32; LANES];
 
@@ -59,6 +85,31 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_bf16(from: *const u16) -> Self {
             unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_i4(from: *const u8) -> (Self, Self) {
+            unsafe {
+                let bytes = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()));
+                let low = _mm512_srai_epi32::<28>(_mm512_slli_epi32::<28>(bytes));
+                (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(_mm512_srai_epi32::<4>(bytes)))
+            }
+        }
+
+        /// As the upper bits of an f16, whose exponent is larger by 8.
+        #[inline(always)]
+        unsafe fn load_e4m3(from: *const u8) -> Self {
+            unsafe {
+                let bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
+                let sign = _mm256_and_si256(bytes, _mm256_set1_epi16(i16::MIN));
+                let rest = _mm256_slli_epi16::<7>(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)));
+                _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256.0))
+            }
         }
 
         #[inline(always)]

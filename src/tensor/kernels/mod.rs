@@ -12,6 +12,8 @@
 
 mod attend;
 pub mod attention;
+pub mod codes;
+pub mod int8;
 mod lanes;
 pub mod linear;
 pub mod packed;
