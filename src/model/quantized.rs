@@ -74,16 +74,18 @@ impl Scheme {
     pub const INT8: Self = Self { codes: Codes::Int8, sharing: Sharing::Row, activations: Activations::Rows };
     pub const INT8_WEIGHT_ONLY: Self = Self { activations: Activations::Kept, ..Self::INT8 };
     pub const INT4: Self = Self { codes: Codes::Int4, sharing: Sharing::Group(64), activations: Activations::Kept };
+    pub const INT4_DYNAMIC: Self = Self { activations: Activations::Rows, ..Self::INT4 };
     pub const FP8: Self = Self { codes: Codes::E4m3, sharing: Sharing::Row, activations: Activations::Rows };
     /// DeepSeek's.
     pub const FP8_BLOCK: Self =
         Self { codes: Codes::E4m3, sharing: Sharing::Block(128), activations: Activations::Groups(128) };
 
     /// Those that go by a name.
-    pub const NAMED: [(&str, Self); 5] = [
+    pub const NAMED: [(&str, Self); 6] = [
         ("int8", Self::INT8),
         ("int8-weight-only", Self::INT8_WEIGHT_ONLY),
         ("int4", Self::INT4),
+        ("int4-dynamic", Self::INT4_DYNAMIC),
         ("fp8", Self::FP8),
         ("fp8-block", Self::FP8_BLOCK),
     ];

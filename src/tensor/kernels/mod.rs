@@ -13,7 +13,7 @@
 mod attend;
 pub mod attention;
 pub mod codes;
-pub mod int8;
+pub mod integers;
 mod lanes;
 pub mod linear;
 pub mod packed;

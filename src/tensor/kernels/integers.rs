@@ -1,0 +1,629 @@
+//! Products of whole numbers: weights of eight or four bits, and rows that are rounded to eight bits when they come.
+//!
+//! A row's numbers are divided by its own scale and rounded; the products of whole numbers are exact, whatever their order. Weights lie
+//! as in [`super::packed`], sixteen outputs side by side, but four inputs at a time, which is what one instruction (AVX-512 VNNI)
+//! multiplies and adds. It takes one factor without a sign: that is the weight, 128 (or 8) more than it means, for which as many times
+//! the row's sum is taken off again. Weights of a group share a scale for each output, by which the group's sum is multiplied.
+
+use std::ffi::c_void;
+use std::ops::Range;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tch::TchError;
+
+use super::codes::write;
+use super::lanes::{LANES, Lanes, Stored};
+use super::{Kernel, in_use, launch, plain};
+use crate::tensor::{Kind, Tensor};
+
+/// Outputs side by side.
+const PANEL: usize = LANES;
+/// Inputs that one instruction takes.
+const UNIT: usize = 4;
+/// Bytes that are read together: one unit of eight bits for each output of a panel, or two of four.
+const LINE: usize = PANEL * UNIT;
+/// The largest code of a row.
+const LARGEST: f32 = 127.0;
+/// More inputs could overflow a sum of 32 bits.
+const INPUTS_MAX: usize = 1 << 16;
+/// Bytes of rounded input that are gone through together, so that they stay in the second-level cache.
+const TILE: usize = 256 * 1024;
+/// Products of fewer multiplications, and fewer numbers to round, are not worth other threads.
+const PARALLEL_FROM: usize = 128 * 1024;
+const ROUND_PARALLEL_FROM: usize = 16 * 1024;
+
+/// How many bits a weight has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Width {
+    Eight,
+    /// −8 to 7.
+    Four,
+}
+
+impl Width {
+    /// Inputs in a line.
+    fn inputs(self) -> usize {
+        if self == Self::Eight { UNIT } else { 2 * UNIT }
+    }
+
+    /// What is added to a code, so that none has a sign.
+    fn offset(self) -> i32 {
+        if self == Self::Eight { 128 } else { 8 }
+    }
+}
+
+/// A weight matrix of whole numbers for [`Integers::product`].
+#[derive(Debug)]
+pub struct Integers {
+    width: Width,
+    /// `[panels, lines]` of 64 bytes.
+    data: Tensor,
+    /// `[panels, groups, 16]`.
+    scales: Tensor,
+    /// Inputs of a group.
+    group: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Integers {
+    /// `codes: [outputs, inputs]` (int8, one an element) with `scales: [outputs, ⌈inputs / group⌉]`; `None` where libtorch is to do the
+    /// products. `group` is a multiple of 8, unless a row has one.
+    pub fn of(width: Width, codes: &Tensor, scales: &Tensor, group: usize) -> Result<Option<Self>, TchError> {
+        let (&[outputs, inputs], &[rows, groups]) = (codes.size().as_slice(), scales.size().as_slice()) else {
+            return Ok(None);
+        };
+        let usable = in_use() && codes.kind() == Kind::Int8 && codes.device() == tch::Device::Cpu && outputs > 0 && inputs > 0;
+        let fits = rows == outputs && group > 0 && groups == (inputs + group as i64 - 1) / group as i64;
+        let line = width.inputs();
+        if !usable || !fits || inputs as usize > INPUTS_MAX || !(group.is_multiple_of(2 * UNIT) || groups == 1) {
+            return Ok(None);
+        }
+        let (panel, unit) = (PANEL as i64, UNIT as i64);
+        let (panels, lines) = ((outputs + panel - 1) / panel, (inputs as usize).div_ceil(line) as i64);
+        let length = lines * line as i64;
+        let full = codes.f_constant_pad_nd([0, length - inputs, 0, panels * panel - outputs])?;
+        // Every code without its sign; all fit a byte.
+        let full = full.f_to_kind(Kind::Int16)?.f_add_scalar(i64::from(width.offset()))?.f_to_kind(Kind::Uint8)?;
+        let data = full.f_view([panels, panel, length / unit, unit])?.f_permute([0, 2, 1, 3])?.f_contiguous()?;
+        let data = match width {
+            Width::Eight => data,
+            Width::Four => {
+                let units = data.f_view([panels, lines, 2, panel * unit])?;
+                units.f_select(2, 0)?.f_add(&units.f_select(2, 1)?.f_mul_scalar(16)?)?.f_contiguous()?
+            }
+        };
+        let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
+        let scales = scales.f_view([panels, panel, groups])?.f_transpose(1, 2)?.f_contiguous()?;
+        let group = if groups == 1 { length as usize } else { group };
+        Ok(Some(Self { width, data, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.data.numel() + self.scales.numel() * size_of::<f32>()
+    }
+
+    /// `x · weightᵀ` for `x: [..., inputs]` in f32 or bf16, `[..., outputs]` of the same type; `None` if it is none that the kernel reads.
+    pub fn product(&self, x: &Tensor) -> Result<Option<Tensor>, TchError> {
+        let mut shape = x.size();
+        let Some(last) = shape.last_mut().filter(|last| **last == self.inputs as i64) else { return Ok(None) };
+        *last = self.outputs as i64;
+        let x = x.f_contiguous()?;
+        if !plain(&x) {
+            return Ok(None);
+        }
+        let (rows, half) = (x.numel() / self.inputs, x.kind() == Kind::BFloat16);
+        let lines = self.inputs.div_ceil(self.width.inputs());
+        let (stride, groups) = (lines * self.width.inputs(), self.scales.size()[1] as usize);
+        let (mut codes, mut scales, mut sums) = (vec![0i8; rows * stride], vec![0f32; rows], vec![0i32; rows * groups]);
+        let rounding = Rounding {
+            input: x.data_ptr(),
+            half,
+            rows,
+            inputs: self.inputs,
+            stride,
+            group: self.group,
+            codes: codes.as_mut_ptr(),
+            scales: scales.as_mut_ptr(),
+            sums: sums.as_mut_ptr(),
+        };
+        let out = Tensor::f_empty(&shape, (x.kind(), tch::Device::Cpu))?;
+        let product = Product {
+            width: self.width,
+            input: codes.as_ptr(),
+            input_scales: scales.as_ptr(),
+            input_sums: sums.as_ptr(),
+            weight: self.data.data_ptr().cast(),
+            weight_scales: self.scales.data_ptr().cast(),
+            out: out.data_ptr(),
+            half,
+            rows,
+            lines,
+            groups,
+            group: self.group / self.width.inputs(),
+            outputs: self.outputs,
+            next: AtomicUsize::new(0),
+        };
+        // SAFETY: memory of the sizes and types that both say, which outlives the calls; the second reads what the first has written.
+        unsafe {
+            launch(&rounding, rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
+            launch(&product, rows * self.inputs * self.outputs >= PARALLEL_FROM);
+        }
+        Ok(Some(out))
+    }
+}
+
+/// Rows to codes, each with a scale of its own.
+struct Rounding {
+    /// `[rows, inputs]`, in bf16 or f32.
+    input: *const c_void,
+    half: bool,
+    rows: usize,
+    inputs: usize,
+    /// Codes of a row, zeros behind the inputs included.
+    stride: usize,
+    /// Inputs of a group.
+    group: usize,
+    codes: *mut i8,
+    scales: *mut f32,
+    /// Of each row's groups of codes.
+    sums: *mut i32,
+}
+
+impl Kernel for Rounding {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+        for row in self.rows * thread / threads..self.rows * (thread + 1) / threads {
+            unsafe {
+                if self.half {
+                    self.row::<u16>(row);
+                } else {
+                    self.row::<f32>(row);
+                }
+            }
+        }
+    }
+}
+
+impl Rounding {
+    #[inline(always)]
+    unsafe fn row<T: Stored>(&self, row: usize) {
+        let (input, codes) = unsafe {
+            let input = std::slice::from_raw_parts(self.input.cast::<T>().add(row * self.inputs), self.inputs);
+            (input, std::slice::from_raw_parts_mut(self.codes.add(row * self.stride), self.inputs))
+        };
+        // Sixteen at a time, so that they become vectors; a number that is none is remembered, as a comparison forgets it.
+        let (lines, rest) = input.as_chunks::<LANES>();
+        let (mut largest, mut broken) = ([0f32; LANES], [0u32; LANES]);
+        for line in lines {
+            for ((largest, broken), value) in largest.iter_mut().zip(&mut broken).zip(line) {
+                let value = value.widen().abs();
+                *largest = if value > *largest { value } else { *largest };
+                *broken |= u32::from(!value.is_finite());
+            }
+        }
+        let mut most = largest.into_iter().fold(0f32, f32::max);
+        let mut any = broken.into_iter().fold(0, |any, broken| any | broken);
+        for value in rest {
+            let value = value.widen().abs();
+            most = most.max(value);
+            any |= u32::from(!value.is_finite());
+        }
+        let scale = if any != 0 { f32::NAN } else { most / LARGEST };
+        let inverse = if scale > 0.0 { LARGEST / most } else { 0.0 };
+        let mut sums = unsafe { self.sums.add(row * self.inputs.div_ceil(self.group)) };
+        for (codes, values) in codes.chunks_mut(self.group).zip(input.chunks(self.group)) {
+            let mut sum = 0i32;
+            for (code, value) in codes.iter_mut().zip(values) {
+                // Adding a number of this size rounds, ties to even, and leaves the whole number in the lowest bits.
+                const WHOLE: f32 = 12_582_912.0;
+                *code = (value.widen() * inverse + WHOLE).to_bits() as u8 as i8;
+                sum += i32::from(*code);
+            }
+            unsafe {
+                *sums = sum;
+                sums = sums.add(1);
+            }
+        }
+        unsafe { *self.scales.add(row) = scale };
+    }
+}
+
+/// One product, as plain memory.
+struct Product {
+    width: Width,
+    /// `[rows, lines]` of as many codes as a line has inputs, with a scale for each row and a sum for each of its groups.
+    input: *const i8,
+    input_scales: *const f32,
+    input_sums: *const i32,
+    /// `[panels, lines]` of 64 bytes, and `[panels, groups, 16]`.
+    weight: *const u8,
+    weight_scales: *const f32,
+    /// `[rows, outputs]`, in bf16 or f32.
+    out: *mut c_void,
+    half: bool,
+    rows: usize,
+    lines: usize,
+    groups: usize,
+    /// Lines of a group.
+    group: usize,
+    outputs: usize,
+    /// The first strip that nobody has taken yet.
+    next: AtomicUsize,
+}
+
+/// Whether the CPU multiplies four pairs of bytes at a time (AVX-512 VNNI).
+static DOTS: LazyLock<bool> = LazyLock::new(|| {
+    #[cfg(target_arch = "x86_64")]
+    let dots = std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512vnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    let dots = false;
+    dots
+});
+
+impl Kernel for Product {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, _thread: usize, _threads: usize) {
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if *DOTS {
+                return dots(self);
+            }
+            self.run::<[i32; LANES]>();
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn dots(product: &Product) {
+    unsafe { product.run::<std::arch::x86_64::__m512i>() }
+}
+
+/// Sixteen running sums of whole numbers.
+trait Sums: Copy {
+    /// How many fit the CPU's registers, beside what they are made from.
+    const COUNT: usize;
+
+    fn zero() -> Self;
+    /// A line of bytes.
+    unsafe fn line(from: *const u8) -> Self;
+    /// The lower and the upper halves of its bytes.
+    fn halves(self) -> (Self, Self);
+    /// Adds for each lane the products of the four bytes of `line` with the four codes in `input`.
+    unsafe fn add(self, line: Self, input: i32) -> Self;
+    fn store(self) -> [i32; LANES];
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{LANES, Sums};
+
+    impl Sums for __m512i {
+        const COUNT: usize = 24;
+
+        #[inline(always)]
+        fn zero() -> Self {
+            unsafe { _mm512_setzero_si512() }
+        }
+
+        #[inline(always)]
+        unsafe fn line(from: *const u8) -> Self {
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+
+        #[inline(always)]
+        fn halves(self) -> (Self, Self) {
+            unsafe {
+                let low = _mm512_set1_epi32(0x0f0f_0f0f);
+                (_mm512_and_si512(self, low), _mm512_and_si512(_mm512_srli_epi32::<4>(self), low))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn add(self, line: Self, input: i32) -> Self {
+            unsafe { _mm512_dpbusd_epi32(self, line, _mm512_set1_epi32(input)) }
+        }
+
+        #[inline(always)]
+        fn store(self) -> [i32; LANES] {
+            let mut lanes = [0; LANES];
+            unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), self) };
+            lanes
+        }
+    }
+}
+
+/// For CPUs without the instruction.
+impl Sums for [i32; LANES] {
+    const COUNT: usize = 6;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn line(from: *const u8) -> Self {
+        unsafe { from.cast::<Self>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    fn halves(self) -> (Self, Self) {
+        (self.map(|four| four & 0x0f0f_0f0f), self.map(|four| four >> 4 & 0x0f0f_0f0f))
+    }
+
+    #[inline(always)]
+    unsafe fn add(mut self, line: Self, input: i32) -> Self {
+        let input = input.to_ne_bytes();
+        for (sum, line) in self.iter_mut().zip(line) {
+            for (weight, input) in line.to_ne_bytes().into_iter().zip(input) {
+                *sum += i32::from(weight) * i32::from(input as i8);
+            }
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn store(self) -> [i32; LANES] {
+        self
+    }
+}
+
+impl Product {
+    /// Strips of panels, with a tile of rows each, as long as there are any: whoever is done takes the next, so that no thread waits long
+    /// for another. Each panel's weights come from memory once.
+    #[inline(always)]
+    unsafe fn run<S: Sums>(&self) {
+        let panels = self.outputs.div_ceil(PANEL);
+        let bytes = self.rows * self.lines * self.width.inputs();
+        let tiles = bytes.div_ceil(TILE).clamp(1, self.rows.max(1));
+        // Few rows take more panels, or every sum would wait for its last addition.
+        let wide = match self.rows.div_ceil(tiles) {
+            _ if S::COUNT < 24 => 1,
+            1 => 8,
+            2..=4 => 4,
+            _ => 3,
+        };
+        let strips = panels.div_ceil(wide);
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= tiles * strips {
+                return;
+            }
+            let (tile, strip) = (task / strips, task % strips * wide);
+            let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
+            let (mut panel, end) = (strip, (strip + wide).min(panels));
+            while panel < end {
+                panel += unsafe {
+                    match end - panel {
+                        8.. => self.strip::<S, 8, 1>(panel, &rows),
+                        4.. => self.strip::<S, 4, 4>(panel, &rows),
+                        3 => self.strip::<S, 3, 8>(panel, &rows),
+                        2 => self.strip::<S, 2, 8>(panel, &rows),
+                        _ => self.strip::<S, 1, 8>(panel, &rows),
+                    }
+                };
+            }
+        }
+    }
+
+    /// All `rows` with `P` panels, at most `M` at a time. Gives `P`.
+    #[inline(always)]
+    unsafe fn strip<S: Sums, const P: usize, const M: usize>(&self, panel: usize, rows: &Range<usize>) -> usize {
+        let mut row = rows.start;
+        while row < rows.end {
+            row += unsafe {
+                match (self.width, (rows.end - row).min(M)) {
+                    (Width::Eight, 8..) => self.tile::<S, false, P, 8>(panel, row),
+                    (Width::Eight, 4..) => self.tile::<S, false, P, 4>(panel, row),
+                    (Width::Eight, 3) => self.tile::<S, false, P, 3>(panel, row),
+                    (Width::Eight, 2) => self.tile::<S, false, P, 2>(panel, row),
+                    (Width::Eight, _) => self.tile::<S, false, P, 1>(panel, row),
+                    (Width::Four, 8..) => self.tile::<S, true, P, 8>(panel, row),
+                    (Width::Four, 4..) => self.tile::<S, true, P, 4>(panel, row),
+                    (Width::Four, 3) => self.tile::<S, true, P, 3>(panel, row),
+                    (Width::Four, 2) => self.tile::<S, true, P, 2>(panel, row),
+                    (Width::Four, _) => self.tile::<S, true, P, 1>(panel, row),
+                }
+            };
+        }
+        P
+    }
+
+    /// `M` rows with `P` panels of eight bits, or of four (`HALVES`). Gives `M`.
+    #[inline(always)]
+    unsafe fn tile<S: Sums, const HALVES: bool, const P: usize, const M: usize>(&self, panel: usize, row: usize) -> usize {
+        let (stride, units) = (self.lines * LINE, if HALVES { 2 } else { 1 });
+        let length = self.lines * units;
+        unsafe {
+            let weight = self.weight.add(panel * stride);
+            let input = self.input.cast::<i32>().add(row * length);
+            let mut totals = [[[0f32; LANES]; P]; M];
+            for group in 0..self.groups {
+                let mut sums = [[S::zero(); P]; M];
+                for line in group * self.group..((group + 1) * self.group).min(self.lines) {
+                    let mut w = [S::line(weight.add(line * LINE)); P];
+                    for (p, w) in w.iter_mut().enumerate().skip(1) {
+                        *w = S::line(weight.add(p * stride + line * LINE));
+                    }
+                    if HALVES {
+                        let halves = w.map(S::halves);
+                        for (m, sums) in sums.iter_mut().enumerate() {
+                            let x = input.add(m * length + 2 * line);
+                            let (first, second) = (x.read_unaligned(), x.add(1).read_unaligned());
+                            for (sum, (low, high)) in sums.iter_mut().zip(halves) {
+                                *sum = sum.add(low, first).add(high, second);
+                            }
+                        }
+                    } else {
+                        for (m, sums) in sums.iter_mut().enumerate() {
+                            let x = input.add(m * length + line).read_unaligned();
+                            for (sum, w) in sums.iter_mut().zip(w) {
+                                *sum = sum.add(w, x);
+                            }
+                        }
+                    }
+                }
+                for (m, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
+                    let excess = self.width.offset() * *self.input_sums.add((row + m) * self.groups + group);
+                    for (p, (total, sum)) in totals.iter_mut().zip(sums).enumerate() {
+                        let scales = self.weight_scales.add(((panel + p) * self.groups + group) * PANEL);
+                        let (scales, sum) = (scales.cast::<[f32; LANES]>().read_unaligned(), sum.store());
+                        for lane in 0..LANES {
+                            total[lane] = ((sum[lane] - excess) as f32).mul_add(scales[lane], total[lane]);
+                        }
+                    }
+                }
+            }
+            for (m, totals) in totals.into_iter().enumerate() {
+                let scale = *self.input_scales.add(row + m);
+                for (p, total) in totals.into_iter().enumerate() {
+                    self.put(row + m, (panel + p) * PANEL, total.map(|total| total * scale));
+                }
+            }
+        }
+        M
+    }
+
+    #[inline(always)]
+    unsafe fn put(&self, row: usize, first: usize, values: [f32; LANES]) {
+        let (at, count) = (row * self.outputs + first, (self.outputs - first).min(PANEL));
+        unsafe {
+            if self.half {
+                write(self.out.cast::<u16>().add(at), values, count);
+            } else {
+                write(self.out.cast::<f32>().add(at), values, count);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    fn random(shape: &[i64], kind: Kind) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+    }
+
+    fn weight(width: Width, outputs: i64, inputs: i64, group: i64) -> (Tensor, Tensor) {
+        let (low, high) = if width == Width::Eight { (-127, 128) } else { (-8, 8) };
+        let codes = Tensor::randint_low(low, high, [outputs, inputs], (Kind::Int8, Device::Cpu));
+        (codes, Tensor::rand([outputs, (inputs + group - 1) / group], (Kind::Float, Device::Cpu)) / 100.0)
+    }
+
+    /// What it should come to, in f64.
+    fn expected(x: &Tensor, codes: &Tensor, scales: &Tensor, group: i64) -> Tensor {
+        let x = x.to_kind(Kind::Float);
+        let largest = x.abs().amax(-1, true);
+        let rounded = (&x * largest.reciprocal() * 127.0).round().to_kind(Kind::Double) * largest.to_kind(Kind::Double) / 127.0;
+        let scales =
+            scales.to_kind(Kind::Double).repeat_interleave_self_int(group, 1, None::<i64>).narrow(1, 0, codes.size()[1]);
+        rounded.matmul(&(codes.to_kind(Kind::Double) * scales).transpose(0, 1))
+    }
+
+    const SHAPES: [(i64, i64, i64, i64); 8] = [
+        (1, 64, 10, 64),
+        (3, 17, 5, 17),
+        (4, 576, 131, 64),
+        (7, 256, 944, 256),
+        (32, 100, 33, 32),
+        (90, 1536, 35, 1536),
+        (2, 704, 256, 128),
+        (1, 256, 300, 256),
+    ];
+
+    #[test]
+    fn products_are_those_of_the_rounded_numbers() {
+        for (width, kind) in [(Width::Eight, Kind::Float), (Width::Eight, Kind::BFloat16), (Width::Four, Kind::Float)] {
+            for (rows, inputs, outputs, group) in SHAPES {
+                let ((codes, scales), x) = (weight(width, outputs, inputs, group), random(&[rows, inputs], kind));
+                let weight = Integers::of(width, &codes, &scales, group as usize).unwrap().unwrap();
+                let ours = weight.product(&x).unwrap().unwrap();
+                assert_eq!(ours.kind(), kind);
+                let exact = expected(&x, &codes, &scales, group);
+                let error = f64::try_from((ours.to_kind(Kind::Double) - &exact).abs().max() / exact.abs().max()).unwrap();
+                let tolerance = if kind == Kind::Float { 1e-6 } else { 5e-3 };
+                assert!(error < tolerance, "{width:?} {kind:?} {rows} x {inputs} x {outputs}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_those_beside_it() {
+        for (width, inputs, outputs, group) in [
+            (Width::Eight, 200, 301, 200),
+            (Width::Eight, 1536, 48, 64),
+            (Width::Four, 601, 130, 64),
+            (Width::Four, 256, 300, 256),
+        ] {
+            let ((codes, scales), x) = (weight(width, outputs, inputs, group), random(&[300, inputs], Kind::Float));
+            let weight = Integers::of(width, &codes, &scales, group as usize).unwrap().unwrap();
+            let product = |first: i64, rows: i64| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap();
+            let alone: Vec<Tensor> = (0..300).map(|row| product(row, 1)).collect();
+            for (threads, rows) in [(1, 300), (2, 300), (3, 299), (2, 87), (5, 13), (1, 6), (2, 5), (1, 3), (2, 2)] {
+                crate::tensor::set_threads(threads);
+                let first = (300 - rows) / 2;
+                let expected = Tensor::cat(&alone[first as usize..(first + rows) as usize], 0);
+                assert!(product(first, rows).equal(&expected), "{width:?}: {rows} rows of {inputs} on {threads} threads");
+            }
+        }
+    }
+
+    /// With the instruction and without.
+    #[test]
+    fn every_kind_of_sum_gives_the_same() {
+        let weights = Tensor::randint(256, [3 * 40 * 64], (Kind::Uint8, Device::Cpu));
+        let input = Tensor::randint_low(-127, 128, [5 * 320], (Kind::Int8, Device::Cpu));
+        let (scales, sums, weight_scales) = ([0.5f32; 5], [3i32; 10], [0.25f32; 96]);
+        for width in [Width::Eight, Width::Four] {
+            let run = |generic: bool| {
+                let out = Tensor::zeros([5, 41], (Kind::Float, Device::Cpu));
+                let product = Product {
+                    width,
+                    input: input.data_ptr().cast(),
+                    input_scales: scales.as_ptr(),
+                    input_sums: sums.as_ptr(),
+                    weight: weights.data_ptr().cast(),
+                    weight_scales: weight_scales.as_ptr(),
+                    out: out.data_ptr(),
+                    half: false,
+                    rows: 5,
+                    lines: 40,
+                    groups: 2,
+                    group: 20,
+                    outputs: 41,
+                    next: AtomicUsize::new(0),
+                };
+                unsafe { if generic { product.run::<[i32; LANES]>() } else { launch(&product, false) } };
+                out
+            };
+            assert!(run(true).equal(&run(false)), "{width:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_plain_case_is_left_alone_and_broken_rows_show() {
+        let (codes, scales) = weight(Width::Eight, 8, 16, 16);
+        let of = |codes: &Tensor, scales: &Tensor, group: usize| Integers::of(Width::Eight, codes, scales, group).unwrap();
+        assert!(of(&codes.to_kind(Kind::Float), &scales, 16).is_none(), "another type");
+        assert!(of(&codes, &scales.narrow(0, 0, 7), 16).is_none(), "scales that do not fit");
+        assert!(of(&codes, &Tensor::ones([8, 4], (Kind::Float, Device::Cpu)), 4).is_none(), "groups of part of a line");
+        let weight = of(&codes, &scales, 16).unwrap();
+        assert!(weight.product(&random(&[1, 15], Kind::Float)).unwrap().is_none(), "sizes that do not fit");
+        assert!(weight.product(&random(&[1, 16], Kind::Double)).unwrap().is_none(), "another type");
+        assert_eq!(weight.product(&random(&[0, 16], Kind::Float)).unwrap().unwrap().size(), [0, 8], "no rows");
+        for broken in [f32::NAN, f32::INFINITY] {
+            let x =
+                Tensor::cat(&[Tensor::from_slice(&[broken]), Tensor::zeros([31], (Kind::Float, Device::Cpu))], 0).view([2, 16]);
+            let out = weight.product(&x).unwrap().unwrap();
+            assert!(out.get(0).isnan().all().int64_value(&[]) == 1 && f64::try_from(out.get(1).abs().max()).unwrap() == 0.0);
+        }
+    }
+}
