@@ -6,10 +6,12 @@
 //! on its own row and output alone.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
+use super::strips::{Part, Strips};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -37,8 +39,9 @@ pub enum Form {
 #[derive(Debug)]
 pub struct Narrow {
     form: Form,
-    /// `[panels, pairs]` of 32 bytes, or of 16 where two inputs share a byte.
+    /// Lines of 32 bytes, or of 16 where two inputs share a byte, interleaved by `strips`.
     data: Tensor,
+    strips: Strips,
     /// `[panels, groups, 16]`.
     scales: Tensor,
     /// Inputs of a group.
@@ -79,6 +82,8 @@ impl Narrow {
             }
             _ => data,
         };
+        let strips = Strips::of(panels as usize);
+        let data = strips.interleave(&data)?;
         let even = group.next_multiple_of(2).min((pairs * 2) as usize);
         let (cut, group) = match even.div_ceil(BLOCK) {
             1 => (1, even),
@@ -91,7 +96,7 @@ impl Narrow {
             if cut > 1 { scales.f_repeat_interleave_self_int(cut as i64, 1, None::<i64>)? } else { scales.shallow_clone() };
         let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
         let scales = scales.f_view([panels, panel, -1])?.f_transpose(1, 2)?.f_contiguous()?;
-        Ok(Some(Self { form, data, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
+        Ok(Some(Self { form, data, strips, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
     }
 
     /// Bytes held.
@@ -117,6 +122,7 @@ impl Narrow {
             form: self.form,
             input: input.data_ptr().cast(),
             weight: self.data.data_ptr().cast(),
+            strips: self.strips,
             scales: self.scales.data_ptr().cast(),
             groups: self.scales.size()[1] as usize,
             group: self.group / 2,
@@ -138,6 +144,7 @@ struct Product {
     /// `[rows, 2 · pairs]`.
     input: *const f32,
     weight: *const u8,
+    strips: Strips,
     scales: *const f32,
     groups: usize,
     /// Pairs of a group.
@@ -203,60 +210,65 @@ impl Kernel for Product {
 }
 
 impl Product {
-    /// A thread's share of the panels, with all rows: each panel's weights come from memory once.
+    /// A thread's share of the strips, with all rows: each strip's weights come from memory once.
     #[inline(always)]
     unsafe fn run<V: Lanes, C: Codes<V>>(&self, thread: usize, threads: usize) {
-        let panels = self.outputs.div_ceil(PANEL);
-        let mine = panels * thread / threads..panels * (thread + 1) / threads;
         let tiles = (self.rows * self.pairs * 8).div_ceil(TILE).clamp(1, self.rows.max(1));
         for tile in 0..tiles {
             let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
-            let mut panel = mine.start;
-            while panel < mine.end {
-                let (left, mut row) = (mine.end - panel, rows.start);
-                // Few rows take more panels, or every sum would wait for its last addition.
-                let wide = match rows.len() {
-                    _ if V::SUMS < 24 => 1,
-                    1 if left >= 8 => 8,
-                    2..=4 if left >= 4 => 4,
-                    _ => left.min(2),
-                };
-                while row < rows.end {
-                    let more = rows.end - row;
-                    row += unsafe {
-                        match wide {
-                            8 => self.tile::<V, C, 8, 1>(panel, row),
-                            4 if more >= 4 => self.tile::<V, C, 4, 4>(panel, row),
-                            4 if more >= 2 => self.tile::<V, C, 4, 2>(panel, row),
-                            4 => self.tile::<V, C, 4, 1>(panel, row),
-                            2 if more >= 8 => self.tile::<V, C, 2, 8>(panel, row),
-                            2 if more >= 2 => self.tile::<V, C, 2, 2>(panel, row),
-                            2 => self.tile::<V, C, 2, 1>(panel, row),
-                            _ if more >= 4 => self.tile::<V, C, 1, 4>(panel, row),
-                            _ => self.tile::<V, C, 1, 1>(panel, row),
+            for strip in self.strips.share(thread, threads) {
+                let mut from = 0;
+                while from < strip.wide {
+                    let part = Part { strip, from };
+                    // As many sums as registers hold beside both weights of a pair.
+                    from += unsafe {
+                        match (strip.wide - from, rows.len()) {
+                            _ if V::SUMS < 24 => self.part::<V, C, 1, 4>(part, &rows),
+                            (6, 1) => self.part::<V, C, 6, 1>(part, &rows),
+                            (4, ..=4) => self.part::<V, C, 4, 4>(part, &rows),
+                            (3.., ..=4) => self.part::<V, C, 3, 4>(part, &rows),
+                            (2.., _) => self.part::<V, C, 2, 8>(part, &rows),
+                            _ => self.part::<V, C, 1, 8>(part, &rows),
                         }
                     };
                 }
-                panel += wide;
             }
         }
     }
 
+    /// All `rows` with `P` panels, at most `M` at a time. Gives `P`.
+    #[inline(always)]
+    unsafe fn part<V: Lanes, C: Codes<V>, const P: usize, const M: usize>(&self, part: Part, rows: &Range<usize>) -> usize {
+        let mut row = rows.start;
+        while row < rows.end {
+            row += unsafe {
+                match (rows.end - row).min(M) {
+                    8.. => self.tile::<V, C, P, 8>(part, row),
+                    4.. => self.tile::<V, C, P, 4>(part, row),
+                    3 => self.tile::<V, C, P, 3>(part, row),
+                    2 => self.tile::<V, C, P, 2>(part, row),
+                    _ => self.tile::<V, C, P, 1>(part, row),
+                }
+            };
+        }
+        P
+    }
+
     /// `M` rows with `P` panels. Gives `M`.
     #[inline(always)]
-    unsafe fn tile<V: Lanes, C: Codes<V>, const P: usize, const M: usize>(&self, panel: usize, row: usize) -> usize {
-        let stride = self.pairs * C::BYTES;
+    unsafe fn tile<V: Lanes, C: Codes<V>, const P: usize, const M: usize>(&self, part: Part, row: usize) -> usize {
         unsafe {
-            let weight = self.weight.add(panel * stride);
-            let scales = self.scales.add(panel * self.groups * PANEL);
+            let weight = self.weight.add((part.strip.first * self.pairs + part.from) * C::BYTES);
+            let scales = self.scales.add(part.panel() * self.groups * PANEL);
             let input = self.input.add(row * 2 * self.pairs);
             let mut totals = [[V::zero(); P]; M];
             for group in 0..self.groups {
                 let mut sums = [[V::zero(); P]; M];
                 for pair in group * self.group..((group + 1) * self.group).min(self.pairs) {
-                    let mut w = [C::pair(weight.add(pair * C::BYTES)); P];
+                    let line = weight.add(pair * part.strip.wide * C::BYTES);
+                    let mut w = [C::pair(line); P];
                     for (p, w) in w.iter_mut().enumerate().skip(1) {
-                        *w = C::pair(weight.add(p * stride + pair * C::BYTES));
+                        *w = C::pair(line.add(p * C::BYTES));
                     }
                     for (m, sums) in sums.iter_mut().enumerate() {
                         let x = input.add(2 * (m * self.pairs + pair));
@@ -274,7 +286,7 @@ impl Product {
             }
             for (m, totals) in totals.into_iter().enumerate() {
                 for (p, total) in totals.into_iter().enumerate() {
-                    self.put(row + m, (panel + p) * PANEL, total.store());
+                    self.put(row + m, (part.panel() + p) * PANEL, total.store());
                 }
             }
         }

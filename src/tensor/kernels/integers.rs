@@ -8,12 +8,12 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::LazyLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tch::TchError;
 
 use super::codes::write;
 use super::lanes::{LANES, Lanes, Stored};
+use super::strips::{Part, Strips};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -57,8 +57,9 @@ impl Width {
 #[derive(Debug)]
 pub struct Integers {
     width: Width,
-    /// `[panels, lines]` of 64 bytes.
+    /// Lines of 64 bytes, interleaved by `strips`.
     data: Tensor,
+    strips: Strips,
     /// `[panels, groups, 16]`.
     scales: Tensor,
     /// Inputs of a group.
@@ -86,18 +87,20 @@ impl Integers {
         let full = codes.f_constant_pad_nd([0, length - inputs, 0, panels * panel - outputs])?;
         // Every code without its sign; all fit a byte.
         let full = full.f_to_kind(Kind::Int16)?.f_add_scalar(i64::from(width.offset()))?.f_to_kind(Kind::Uint8)?;
-        let data = full.f_view([panels, panel, length / unit, unit])?.f_permute([0, 2, 1, 3])?.f_contiguous()?;
+        let data = full.f_view([panels, panel, length / unit, unit])?.f_permute([0, 2, 1, 3])?;
         let data = match width {
             Width::Eight => data,
             Width::Four => {
-                let units = data.f_view([panels, lines, 2, panel * unit])?;
-                units.f_select(2, 0)?.f_add(&units.f_select(2, 1)?.f_mul_scalar(16)?)?.f_contiguous()?
+                let units = data.f_reshape([panels, lines, 2, panel * unit])?;
+                units.f_select(2, 0)?.f_add(&units.f_select(2, 1)?.f_mul_scalar(16)?)?
             }
         };
+        let strips = Strips::of(panels as usize);
+        let data = strips.interleave(&data)?;
         let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
         let scales = scales.f_view([panels, panel, groups])?.f_transpose(1, 2)?.f_contiguous()?;
         let group = if groups == 1 { length as usize } else { group };
-        Ok(Some(Self { width, data, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
+        Ok(Some(Self { width, data, strips, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
     }
 
     /// Bytes held.
@@ -136,6 +139,7 @@ impl Integers {
             input_scales: scales.as_ptr(),
             input_sums: sums.as_ptr(),
             weight: self.data.data_ptr().cast(),
+            strips: self.strips,
             weight_scales: self.scales.data_ptr().cast(),
             out: out.data_ptr(),
             half,
@@ -144,7 +148,6 @@ impl Integers {
             groups,
             group: self.group / self.width.inputs(),
             outputs: self.outputs,
-            next: AtomicUsize::new(0),
         };
         // SAFETY: memory of the sizes and types that both say, which outlives the calls; the second reads what the first has written.
         unsafe {
@@ -212,14 +215,15 @@ impl Rounding {
             any |= u32::from(!value.is_finite());
         }
         let scale = if any != 0 { f32::NAN } else { most / LARGEST };
-        let inverse = if scale > 0.0 { LARGEST / most } else { 0.0 };
+        // As libtorch would divide, so that the same numbers become the same codes.
+        let divisor = if scale > 0.0 { scale } else { 1.0 };
         let mut sums = unsafe { self.sums.add(row * self.inputs.div_ceil(self.group)) };
         for (codes, values) in codes.chunks_mut(self.group).zip(input.chunks(self.group)) {
             let mut sum = 0i32;
             for (code, value) in codes.iter_mut().zip(values) {
                 // Adding a number of this size rounds, ties to even, and leaves the whole number in the lowest bits.
                 const WHOLE: f32 = 12_582_912.0;
-                *code = (value.widen() * inverse + WHOLE).to_bits() as u8 as i8;
+                *code = (value.widen() / divisor + WHOLE).to_bits() as u8 as i8;
                 sum += i32::from(*code);
             }
             unsafe {
@@ -238,8 +242,9 @@ struct Product {
     input: *const i8,
     input_scales: *const f32,
     input_sums: *const i32,
-    /// `[panels, lines]` of 64 bytes, and `[panels, groups, 16]`.
+    /// Lines of 64 bytes, interleaved, and `[panels, groups, 16]`.
     weight: *const u8,
+    strips: Strips,
     weight_scales: *const f32,
     /// `[rows, outputs]`, in bf16 or f32.
     out: *mut c_void,
@@ -250,8 +255,6 @@ struct Product {
     /// Lines of a group.
     group: usize,
     outputs: usize,
-    /// The first strip that nobody has taken yet.
-    next: AtomicUsize,
 }
 
 /// Whether the CPU multiplies four pairs of bytes at a time (AVX-512 VNNI).
@@ -265,21 +268,21 @@ static DOTS: LazyLock<bool> = LazyLock::new(|| {
 
 impl Kernel for Product {
     #[inline(always)]
-    unsafe fn share<V: Lanes>(&self, _thread: usize, _threads: usize) {
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         unsafe {
             #[cfg(target_arch = "x86_64")]
             if *DOTS {
-                return dots(self);
+                return dots(self, thread, threads);
             }
-            self.run::<[i32; LANES]>();
+            self.run::<[i32; LANES]>(thread, threads);
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn dots(product: &Product) {
-    unsafe { product.run::<std::arch::x86_64::__m512i>() }
+unsafe fn dots(product: &Product, thread: usize, threads: usize) {
+    unsafe { product.run::<std::arch::x86_64::__m512i>(thread, threads) }
 }
 
 /// Sixteen running sums of whole numbers.
@@ -294,7 +297,13 @@ trait Sums: Copy {
     fn halves(self) -> (Self, Self);
     /// Adds for each lane the products of the four bytes of `line` with the four codes in `input`.
     unsafe fn add(self, line: Self, input: i32) -> Self;
-    fn store(self) -> [i32; LANES];
+
+    /// Sixteen running sums of floats.
+    type Floats: Copy;
+    fn floats() -> Self::Floats;
+    /// The sums less `excess`, times the scales there, added to `total`.
+    unsafe fn onto(self, excess: i32, scales: *const f32, total: Self::Floats) -> Self::Floats;
+    fn scaled(total: Self::Floats, scale: f32) -> [f32; LANES];
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -329,10 +338,25 @@ mod x86 {
             unsafe { _mm512_dpbusd_epi32(self, line, _mm512_set1_epi32(input)) }
         }
 
+        type Floats = __m512;
+
         #[inline(always)]
-        fn store(self) -> [i32; LANES] {
-            let mut lanes = [0; LANES];
-            unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), self) };
+        fn floats() -> __m512 {
+            unsafe { _mm512_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn onto(self, excess: i32, scales: *const f32, total: __m512) -> __m512 {
+            unsafe {
+                let sums = _mm512_cvtepi32_ps(_mm512_sub_epi32(self, _mm512_set1_epi32(excess)));
+                _mm512_fmadd_ps(sums, _mm512_loadu_ps(scales), total)
+            }
+        }
+
+        #[inline(always)]
+        fn scaled(total: __m512, scale: f32) -> [f32; LANES] {
+            let mut lanes = [0.0; LANES];
+            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), _mm512_mul_ps(total, _mm512_set1_ps(scale))) };
             lanes
         }
     }
@@ -368,67 +392,70 @@ impl Sums for [i32; LANES] {
         self
     }
 
+    type Floats = [f32; LANES];
+
     #[inline(always)]
-    fn store(self) -> [i32; LANES] {
-        self
+    fn floats() -> [f32; LANES] {
+        [0.0; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn onto(self, excess: i32, scales: *const f32, total: [f32; LANES]) -> [f32; LANES] {
+        let scales = unsafe { scales.cast::<[f32; LANES]>().read_unaligned() };
+        std::array::from_fn(|lane| ((self[lane] - excess) as f32).mul_add(scales[lane], total[lane]))
+    }
+
+    #[inline(always)]
+    fn scaled(total: [f32; LANES], scale: f32) -> [f32; LANES] {
+        total.map(|total| total * scale)
     }
 }
 
 impl Product {
-    /// Strips of panels, with a tile of rows each, as long as there are any: whoever is done takes the next, so that no thread waits long
-    /// for another. Each panel's weights come from memory once.
+    /// A thread's share of the strips, with all rows: each strip's weights come from memory once.
     #[inline(always)]
-    unsafe fn run<S: Sums>(&self) {
-        let panels = self.outputs.div_ceil(PANEL);
+    unsafe fn run<S: Sums>(&self, thread: usize, threads: usize) {
         let bytes = self.rows * self.lines * self.width.inputs();
         let tiles = bytes.div_ceil(TILE).clamp(1, self.rows.max(1));
-        // Few rows take more panels, or every sum would wait for its last addition.
-        let wide = match self.rows.div_ceil(tiles) {
-            _ if S::COUNT < 24 => 1,
-            1 => 8,
-            2..=4 => 4,
-            _ => 3,
-        };
-        let strips = panels.div_ceil(wide);
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= tiles * strips {
-                return;
-            }
-            let (tile, strip) = (task / strips, task % strips * wide);
+        for tile in 0..tiles {
             let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
-            let (mut panel, end) = (strip, (strip + wide).min(panels));
-            while panel < end {
-                panel += unsafe {
-                    match end - panel {
-                        8.. => self.strip::<S, 8, 1>(panel, &rows),
-                        4.. => self.strip::<S, 4, 4>(panel, &rows),
-                        3 => self.strip::<S, 3, 8>(panel, &rows),
-                        2 => self.strip::<S, 2, 8>(panel, &rows),
-                        _ => self.strip::<S, 1, 8>(panel, &rows),
-                    }
-                };
+            for strip in self.strips.share(thread, threads) {
+                let mut from = 0;
+                while from < strip.wide {
+                    let part = Part { strip, from };
+                    // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
+                    from += unsafe {
+                        match (strip.wide - from, rows.len()) {
+                            _ if S::COUNT < 24 => self.part::<S, 1, 4>(part, &rows),
+                            (6, 1) => self.part::<S, 6, 1>(part, &rows),
+                            (4, ..=4) => self.part::<S, 4, 4>(part, &rows),
+                            (3.., _) => self.part::<S, 3, 8>(part, &rows),
+                            (2, _) => self.part::<S, 2, 8>(part, &rows),
+                            _ => self.part::<S, 1, 8>(part, &rows),
+                        }
+                    };
+                }
             }
         }
     }
 
     /// All `rows` with `P` panels, at most `M` at a time. Gives `P`.
     #[inline(always)]
-    unsafe fn strip<S: Sums, const P: usize, const M: usize>(&self, panel: usize, rows: &Range<usize>) -> usize {
+    unsafe fn part<S: Sums, const P: usize, const M: usize>(&self, part: Part, rows: &Range<usize>) -> usize {
         let mut row = rows.start;
         while row < rows.end {
             row += unsafe {
                 match (self.width, (rows.end - row).min(M)) {
-                    (Width::Eight, 8..) => self.tile::<S, false, P, 8>(panel, row),
-                    (Width::Eight, 4..) => self.tile::<S, false, P, 4>(panel, row),
-                    (Width::Eight, 3) => self.tile::<S, false, P, 3>(panel, row),
-                    (Width::Eight, 2) => self.tile::<S, false, P, 2>(panel, row),
-                    (Width::Eight, _) => self.tile::<S, false, P, 1>(panel, row),
-                    (Width::Four, 8..) => self.tile::<S, true, P, 8>(panel, row),
-                    (Width::Four, 4..) => self.tile::<S, true, P, 4>(panel, row),
-                    (Width::Four, 3) => self.tile::<S, true, P, 3>(panel, row),
-                    (Width::Four, 2) => self.tile::<S, true, P, 2>(panel, row),
-                    (Width::Four, _) => self.tile::<S, true, P, 1>(panel, row),
+                    (Width::Eight, 8..) => self.tile::<S, false, P, 8>(part, row),
+                    (Width::Eight, 4..) => self.tile::<S, false, P, 4>(part, row),
+                    (Width::Eight, 3) => self.tile::<S, false, P, 3>(part, row),
+                    (Width::Eight, 2) => self.tile::<S, false, P, 2>(part, row),
+                    (Width::Eight, _) => self.tile::<S, false, P, 1>(part, row),
+                    (Width::Four, 8..) => self.tile::<S, true, P, 8>(part, row),
+                    (Width::Four, 4..) => self.tile::<S, true, P, 4>(part, row),
+                    (Width::Four, 3) => self.tile::<S, true, P, 3>(part, row),
+                    (Width::Four, 2) => self.tile::<S, true, P, 2>(part, row),
+                    (Width::Four, _) => self.tile::<S, true, P, 1>(part, row),
                 }
             };
         }
@@ -437,22 +464,26 @@ impl Product {
 
     /// `M` rows with `P` panels of eight bits, or of four (`HALVES`). Gives `M`.
     #[inline(always)]
-    unsafe fn tile<S: Sums, const HALVES: bool, const P: usize, const M: usize>(&self, panel: usize, row: usize) -> usize {
-        let (stride, units) = (self.lines * LINE, if HALVES { 2 } else { 1 });
-        let length = self.lines * units;
+    unsafe fn tile<S: Sums, const HALVES: bool, const P: usize, const M: usize>(&self, part: Part, row: usize) -> usize {
+        let length = self.lines * if HALVES { 2 } else { 1 };
         unsafe {
-            let weight = self.weight.add(panel * stride);
+            let weight = self.weight.add((part.strip.first * self.lines + part.from) * LINE);
+            let scales = self.weight_scales.add(part.panel() * self.groups * PANEL);
             let input = self.input.cast::<i32>().add(row * length);
-            let mut totals = [[[0f32; LANES]; P]; M];
+            let mut totals = [[S::floats(); P]; M];
             for group in 0..self.groups {
                 let mut sums = [[S::zero(); P]; M];
                 for line in group * self.group..((group + 1) * self.group).min(self.lines) {
-                    let mut w = [S::line(weight.add(line * LINE)); P];
+                    let from = weight.add(line * part.strip.wide * LINE);
+                    let mut w = [S::line(from); P];
                     for (p, w) in w.iter_mut().enumerate().skip(1) {
-                        *w = S::line(weight.add(p * stride + line * LINE));
+                        *w = S::line(from.add(p * LINE));
                     }
                     if HALVES {
-                        let halves = w.map(S::halves);
+                        let mut halves = [w[0].halves(); P];
+                        for (halves, w) in halves.iter_mut().zip(w).skip(1) {
+                            *halves = w.halves();
+                        }
                         for (m, sums) in sums.iter_mut().enumerate() {
                             let x = input.add(m * length + 2 * line);
                             let (first, second) = (x.read_unaligned(), x.add(1).read_unaligned());
@@ -472,18 +503,14 @@ impl Product {
                 for (m, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
                     let excess = self.width.offset() * *self.input_sums.add((row + m) * self.groups + group);
                     for (p, (total, sum)) in totals.iter_mut().zip(sums).enumerate() {
-                        let scales = self.weight_scales.add(((panel + p) * self.groups + group) * PANEL);
-                        let (scales, sum) = (scales.cast::<[f32; LANES]>().read_unaligned(), sum.store());
-                        for lane in 0..LANES {
-                            total[lane] = ((sum[lane] - excess) as f32).mul_add(scales[lane], total[lane]);
-                        }
+                        *total = sum.onto(excess, scales.add((p * self.groups + group) * PANEL), *total);
                     }
                 }
             }
             for (m, totals) in totals.into_iter().enumerate() {
                 let scale = *self.input_scales.add(row + m);
                 for (p, total) in totals.into_iter().enumerate() {
-                    self.put(row + m, (panel + p) * PANEL, total.map(|total| total * scale));
+                    self.put(row + m, (part.panel() + p) * PANEL, S::scaled(total, scale));
                 }
             }
         }
@@ -591,6 +618,7 @@ mod tests {
                     input_scales: scales.as_ptr(),
                     input_sums: sums.as_ptr(),
                     weight: weights.data_ptr().cast(),
+                    strips: Strips::of(3),
                     weight_scales: weight_scales.as_ptr(),
                     out: out.data_ptr(),
                     half: false,
@@ -599,9 +627,8 @@ mod tests {
                     groups: 2,
                     group: 20,
                     outputs: 41,
-                    next: AtomicUsize::new(0),
                 };
-                unsafe { if generic { product.run::<[i32; LANES]>() } else { launch(&product, false) } };
+                unsafe { if generic { product.run::<[i32; LANES]>(0, 1) } else { launch(&product, false) } };
                 out
             };
             assert!(run(true).equal(&run(false)), "{width:?}");

@@ -20,6 +20,7 @@ pub mod packed;
 pub mod pointwise;
 mod product;
 pub mod rows;
+mod strips;
 
 use std::ffi::{c_uint, c_void};
 use std::panic::AssertUnwindSafe;

@@ -2,7 +2,8 @@
 //! after input.
 //!
 //! So a vector of the weight meets one broadcast number of the input and sums of sixteen outputs grow side by side, with nothing to
-//! add up across lanes in the end, as `product` must with a weight as it lies. Each sum runs over the inputs in order, in
+//! add up across lanes in the end, as `product` must with a weight as it lies. Several such panels are gone through together, and so
+//! they lie interleaved ([`super::strips`]). Each sum runs over the inputs in order, in
 //! blocks of `BLOCK`: a result depends on its own row and output alone, whatever is computed beside it.
 
 use std::ops::Range;
@@ -11,6 +12,7 @@ use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
 use super::product::{Format, PAIRED, Single, Wide};
+use super::strips::{Part, Strips};
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -28,8 +30,9 @@ const SMALL_PARALLEL_FROM: usize = 1024 * 1024;
 /// A weight matrix for [`Packed::product`].
 #[derive(Debug)]
 pub struct Packed {
-    /// `[panels, inputs, 16]`; in pairs `[panels, inputs / 2, 16, 2]`.
+    /// Lines of sixteen numbers, or of sixteen pairs, interleaved by `strips`.
     data: Tensor,
+    strips: Strips,
     kind: Kind,
     inputs: usize,
     outputs: usize,
@@ -48,8 +51,11 @@ impl Packed {
         let (panel, units) = (PANEL as i64, (inputs + unit - 1) / unit);
         let panels = (outputs + panel - 1) / panel;
         let full = weight.f_constant_pad_nd([0, units * unit - inputs, 0, panels * panel - outputs])?;
-        let data = full.f_view([panels, panel, units, unit])?.f_permute([0, 2, 1, 3])?.f_contiguous()?;
-        Ok(Some(Self { data, kind: weight.kind(), inputs: inputs as usize, outputs: outputs as usize, paired }))
+        let strips = Strips::of(panels as usize);
+        let lines =
+            full.f_view([panels, panel, units, unit])?.f_permute([0, 2, 1, 3])?.f_reshape([panels, units, panel * unit])?;
+        let data = strips.interleave(&lines)?;
+        Ok(Some(Self { data, strips, kind: weight.kind(), inputs: inputs as usize, outputs: outputs as usize, paired }))
     }
 
     /// Bytes held.
@@ -81,6 +87,7 @@ impl Packed {
         let product = Product {
             input: input.data_ptr(),
             weight: self.data.data_ptr(),
+            strips: self.strips,
             out: out.data_ptr(),
             rows,
             inputs: self.inputs.next_multiple_of(unit),
@@ -105,6 +112,7 @@ impl Packed {
         let product = Product {
             input: if self.paired { narrow.as_ptr().cast() } else { x.as_ptr().cast() },
             weight: self.data.data_ptr(),
+            strips: self.strips,
             out: out.as_mut_ptr().cast(),
             rows,
             inputs: self.inputs,
@@ -124,6 +132,7 @@ struct Product {
     /// `[rows, inputs]` in f32, or in bf16 where it is `paired`.
     input: *const std::ffi::c_void,
     weight: *const std::ffi::c_void,
+    strips: Strips,
     /// `[rows, outputs]` in the weight's type.
     out: *mut std::ffi::c_void,
     rows: usize,
@@ -168,38 +177,39 @@ unsafe fn pairs(product: &Product, thread: usize, threads: usize) {
 }
 
 impl Product {
-    /// A thread's share of the panels, with all rows: each panel's weights come from memory once.
+    /// A thread's share of the strips, with all rows: each strip's weights come from memory once.
     #[inline(always)]
     unsafe fn run<V: Lanes, F: Format<V>>(&self, thread: usize, threads: usize) {
-        let panels = self.outputs.div_ceil(PANEL);
-        let mine = panels * thread / threads..panels * (thread + 1) / threads;
         let tiles = (self.rows * self.inputs * size_of::<F::Input>()).div_ceil(TILE).clamp(1, self.rows.max(1));
         let mut open = vec![];
         for tile in 0..tiles {
             let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
-            let mut panel = mine.start;
-            while panel < mine.end {
-                let left = mine.end - panel;
-                // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
-                panel += unsafe {
-                    match rows.len() {
-                        _ if V::SUMS < 24 => self.strip::<V, F, 1, 6>(panel, &rows, &mut open),
-                        1 if left >= 8 => self.strip::<V, F, 8, 1>(panel, &rows, &mut open),
-                        1..=4 if left >= 4 => self.strip::<V, F, 4, 4>(panel, &rows, &mut open),
-                        _ if left >= 3 => self.strip::<V, F, 3, 8>(panel, &rows, &mut open),
-                        _ if left == 2 => self.strip::<V, F, 2, 8>(panel, &rows, &mut open),
-                        _ => self.strip::<V, F, 1, 8>(panel, &rows, &mut open),
-                    }
-                };
+            for strip in self.strips.share(thread, threads) {
+                let mut from = 0;
+                while from < strip.wide {
+                    let part = Part { strip, from };
+                    // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
+                    from += unsafe {
+                        match (strip.wide - from, rows.len()) {
+                            _ if V::SUMS < 24 => self.part::<V, F, 1, 6>(part, &rows, &mut open),
+                            (6, ..=4) => self.part::<V, F, 6, 4>(part, &rows, &mut open),
+                            (4, _) => self.part::<V, F, 4, 6>(part, &rows, &mut open),
+                            (3.., _) => self.part::<V, F, 3, 8>(part, &rows, &mut open),
+                            (2, _) => self.part::<V, F, 2, 8>(part, &rows, &mut open),
+                            _ => self.part::<V, F, 1, 8>(part, &rows, &mut open),
+                        }
+                    };
+                }
             }
         }
     }
 
-    /// All `rows` with `P` panels, at most `M` at a time (every count up to it is one pass: the weights are what takes long); `open` keeps the sums from block to block. Gives `P`.
+    /// All `rows` with `P` panels, at most `M` at a time (every count up to it is one pass: the weights are what takes long); `open` keeps
+    /// the sums from block to block. Gives `P`.
     #[inline(always)]
-    unsafe fn strip<V: Lanes, F: Format<V>, const P: usize, const M: usize>(
+    unsafe fn part<V: Lanes, F: Format<V>, const P: usize, const M: usize>(
         &self,
-        panel: usize,
+        part: Part,
         rows: &Range<usize>,
         open: &mut Vec<V>,
     ) -> usize {
@@ -214,14 +224,14 @@ impl Product {
                 while row < rows.end {
                     let open = open.as_mut_ptr().wrapping_add((row - rows.start) * P);
                     row += match (rows.end - row).min(M) {
-                        8.. => self.tile::<V, F, P, 8>(panel, row, &block, open),
-                        7 => self.tile::<V, F, P, 7>(panel, row, &block, open),
-                        6 => self.tile::<V, F, P, 6>(panel, row, &block, open),
-                        5 => self.tile::<V, F, P, 5>(panel, row, &block, open),
-                        4 => self.tile::<V, F, P, 4>(panel, row, &block, open),
-                        3 => self.tile::<V, F, P, 3>(panel, row, &block, open),
-                        2 => self.tile::<V, F, P, 2>(panel, row, &block, open),
-                        _ => self.tile::<V, F, P, 1>(panel, row, &block, open),
+                        8.. => self.tile::<V, F, P, 8>(part, row, &block, open),
+                        7 => self.tile::<V, F, P, 7>(part, row, &block, open),
+                        6 => self.tile::<V, F, P, 6>(part, row, &block, open),
+                        5 => self.tile::<V, F, P, 5>(part, row, &block, open),
+                        4 => self.tile::<V, F, P, 4>(part, row, &block, open),
+                        3 => self.tile::<V, F, P, 3>(part, row, &block, open),
+                        2 => self.tile::<V, F, P, 2>(part, row, &block, open),
+                        _ => self.tile::<V, F, P, 1>(part, row, &block, open),
                     };
                 }
             }
@@ -234,20 +244,21 @@ impl Product {
     #[inline(always)]
     unsafe fn tile<V: Lanes, F: Format<V>, const P: usize, const M: usize>(
         &self,
-        panel: usize,
+        part: Part,
         row: usize,
         block: &Range<usize>,
         open: *mut V,
     ) -> usize {
         let units = self.inputs / F::UNIT;
         unsafe {
-            let weight = self.weight.cast::<F::Weight>().add(panel * units * F::STEP);
+            let weight = self.weight.cast::<F::Weight>().add((part.strip.first * units + part.from) * F::STEP);
             let input = self.input.cast::<F::Input>().add(row * self.inputs);
             let mut sums = [[V::zero(); P]; M];
             for unit in block.clone() {
-                let mut w = [F::weight(weight.add(unit * F::STEP)); P];
+                let line = weight.add(unit * part.strip.wide * F::STEP);
+                let mut w = [F::weight(line); P];
                 for (p, w) in w.iter_mut().enumerate().skip(1) {
-                    *w = F::weight(weight.add((p * units + unit) * F::STEP));
+                    *w = F::weight(line.add(p * F::STEP));
                 }
                 for (m, sums) in sums.iter_mut().enumerate() {
                     let x = F::spread(input.add(m * self.inputs + unit * F::UNIT));
@@ -264,7 +275,7 @@ impl Product {
                         sum = sum.multiply_add(V::splat(1.0), *open);
                     }
                     if last {
-                        self.put::<V, F>(row + m, (panel + p) * PANEL, sum);
+                        self.put::<V, F>(row + m, (part.panel() + p) * PANEL, sum);
                     } else {
                         *open = sum;
                     }
@@ -359,6 +370,7 @@ mod tests {
         let product = Product {
             input: x.data_ptr(),
             weight: packed.data.data_ptr(),
+            strips: packed.strips,
             out: out.data_ptr(),
             rows: 13,
             inputs: 301,

@@ -1,0 +1,110 @@
+//! How the panels of a packed weight (sixteen outputs each) lie in memory: a few of them interleaved, line by line, as a strip.
+//!
+//! A product with few rows is as fast as weights come from memory, and they come fastest in one stream: two threads read 77 GB/s so, and
+//! 45 where each went through eight panels side by side (docs/LOG.md). What a line holds is the weight's own business.
+
+use tch::TchError;
+
+use super::Tensor;
+
+/// Panels of a strip at most: with one row, so many sums hide how long an addition takes.
+const WIDE_MAX: usize = 6;
+/// And at least, unless there are fewer.
+const WIDE_MIN: usize = 3;
+
+/// A matrix's panels, in strips of `wide` and a narrower last one.
+#[derive(Clone, Copy, Debug)]
+pub struct Strips {
+    panels: usize,
+    wide: usize,
+}
+
+/// Panels side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strip {
+    pub first: usize,
+    pub wide: usize,
+}
+
+/// Some panels of a strip, from one of them on.
+#[derive(Clone, Copy)]
+pub struct Part {
+    pub strip: Strip,
+    pub from: usize,
+}
+
+impl Part {
+    /// The first one's place among all panels.
+    pub fn panel(&self) -> usize {
+        self.strip.first + self.from
+    }
+}
+
+impl Strips {
+    /// As wide as leaves the threads even shares.
+    pub fn of(panels: usize) -> Self {
+        let threads = tch::get_num_threads().max(1) as usize;
+        let longest = |wide: &usize| panels.div_ceil(*wide).div_ceil(threads) * wide;
+        // Of five, three rows of registers would be left over.
+        let wide = (WIDE_MIN..=WIDE_MAX).rev().filter(|wide| *wide != 5).min_by_key(longest).unwrap_or(WIDE_MAX);
+        Self { panels, wide }
+    }
+
+    /// A thread's part of them.
+    pub fn share(self, thread: usize, threads: usize) -> impl Iterator<Item = Strip> {
+        let strips = self.panels.div_ceil(self.wide);
+        (strips * thread / threads..strips * (thread + 1) / threads).map(move |strip| {
+            let first = strip * self.wide;
+            Strip { first, wide: self.wide.min(self.panels - first) }
+        })
+    }
+
+    /// `panels: [panels, lines, ...]`, with each strip's lines interleaved; a strip begins where its first panel would.
+    pub fn interleave(self, panels: &Tensor) -> Result<Tensor, TchError> {
+        let (size, wide) = (panels.size(), self.wide as i64);
+        let &[count, lines, ref line @ ..] = size.as_slice() else { return panels.f_contiguous() };
+        let line: i64 = line.iter().product();
+        let turn = |from: i64, strips: i64, wide: i64| {
+            panels.f_narrow(0, from, strips * wide)?.f_reshape([strips, wide, lines, line])?.f_transpose(1, 2)?.f_reshape([-1])
+        };
+        let whole = count / wide;
+        match count % wide {
+            0 => turn(0, whole, wide),
+            rest if whole == 0 => turn(0, 1, rest),
+            rest => Tensor::f_cat(&[turn(0, whole, wide)?, turn(whole * wide, 1, rest)?], 0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strips_leave_even_shares_and_none_out() {
+        crate::tensor::set_threads(2);
+        for (panels, wide) in [(36, 6), (60, 6), (192, 6), (16, 4), (3072, 6), (1, 6)] {
+            let strips = Strips { panels, wide: if panels == 1 { 6 } else { Strips::of(panels).wide } };
+            assert_eq!(strips.wide, wide, "{panels}");
+            for threads in 1..=5 {
+                let all: Vec<Strip> = (0..threads).flat_map(|thread| strips.share(thread, threads)).collect();
+                let mut next = 0;
+                for strip in all {
+                    assert!(strip.first == next && strip.wide > 0 && strip.wide <= wide);
+                    next += strip.wide;
+                }
+                assert_eq!(next, panels);
+            }
+        }
+    }
+
+    #[test]
+    fn lines_lie_side_by_side() {
+        let strips = Strips { panels: 5, wide: 3 };
+        let panels = Tensor::arange(5 * 2 * 4, (tch::Kind::Int64, tch::Device::Cpu)).view([5, 2, 4]);
+        let lines: Vec<i64> = Vec::try_from(&strips.interleave(&panels).unwrap()).unwrap();
+        let first: Vec<i64> = lines.chunks(4).map(|line| line[0] / 4).collect();
+        // By number of the line: panel 0's are 0 and 1, panel 1's 2 and 3.
+        assert_eq!(first, [0, 2, 4, 1, 3, 5, 6, 8, 7, 9]);
+    }
+}
