@@ -548,8 +548,8 @@ mod tests {
     /// What it should come to, in f64.
     fn expected(x: &Tensor, codes: &Tensor, scales: &Tensor, group: i64) -> Tensor {
         let x = x.to_kind(Kind::Float);
-        let largest = x.abs().amax(-1, true);
-        let rounded = (&x * largest.reciprocal() * 127.0).round().to_kind(Kind::Double) * largest.to_kind(Kind::Double) / 127.0;
+        let scale = x.abs().amax(-1, true) / 127.0;
+        let rounded = (&x / &scale).round().to_kind(Kind::Double) * scale.to_kind(Kind::Double);
         let scales =
             scales.to_kind(Kind::Double).repeat_interleave_self_int(group, 1, None::<i64>).narrow(1, 0, codes.size()[1]);
         rounded.matmul(&(codes.to_kind(Kind::Double) * scales).transpose(0, 1))
