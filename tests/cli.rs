@@ -231,7 +231,7 @@ fn generate_shows_the_canvas() {
 
 #[test]
 fn a_wrong_request_exits_with_2() {
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["gnerate"], "unrecognized subcommand"),
         (&["generate"], "required arguments"),
         (&["generate", "x", "--order", "best"], "use confidence, margin, entropy, random or left_to_right"),
@@ -240,6 +240,7 @@ fn a_wrong_request_exits_with_2() {
         (&["generate", "x", "--max-new-tokens", "100000"], "max_new_tokens: 100000 is not from 1 to"),
         (&["generate", "x", "--temperature", "-1"], "temperature: -1 is not a number from 0 to 10"),
         (&["generate", "x", "--dtype", "f8"], "use f32, f16 or bf16"),
+        (&["generate", "x", "--quantize", "int7"], "unknown quantisation 'int7': use int8, int8-weight-only, int4"),
         (&["train", "--out", "nowhere"], "--steps"),
     ];
     for (arguments, told) in cases {
@@ -408,4 +409,19 @@ fn a_flag_of_both_methods_goes_to_the_one_asked_for() {
         ["generate", "--model", "models/nano-ar", "--method", "autoregressive", "--suppress-end", "--json", "# x\n"];
     let told = json(&well(&arguments));
     assert_eq!((&told["finish_reason"], &told["usage"]["generated_tokens"]), (&"length".into(), &48.into()), "{told}");
+}
+
+/// Weights of fewer bits decode, and whatever is measured with them says so.
+#[test]
+fn weights_are_quantised_when_they_are_loaded() {
+    let mut totals = vec![];
+    for scheme in ["int8", "int8-weight-only", "int4", "int4-dynamic", "fp8", "fp8-block"] {
+        let arguments = ["bench", "step", "--quantize", scheme, "--json", "--runs", "1", "--warm-up", "0"];
+        let output = lacuna(&arguments);
+        assert!(output.status.success(), "{scheme}: {output:?}");
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(json["dtype"], format!("f32/{scheme}"));
+        totals.push(json["total"]["median"].as_f64().unwrap());
+    }
+    assert!(totals.iter().all(|total| *total > 0.0));
 }

@@ -34,7 +34,7 @@ pub struct Options {
     #[command(flatten)]
     model: ModelOptions,
     /// Let the server there do it, with the model that it serves; https://HOST:PORT for TLS
-    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "device", "dtype", "threads", "context"])]
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "device", "dtype", "quantize", "threads", "context"])]
     server: Option<String>,
     #[command(flatten)]
     connection: ConnectionFlags,

@@ -199,11 +199,13 @@ impl Sweep<'_> {
             before.stop();
         }
         let path = &self.plan.paths[self.plan.cells()[cell].path];
+        let dtype = self.plan.dtype(path);
+        let (dtype, scheme) = dtype.split_once('/').map_or((dtype, None), |(dtype, scheme)| (dtype, Some(scheme)));
         let run = RunOptions {
             drafters: None,
             device: self.plan.device.clone(),
-            dtype: Some(self.plan.dtype(path).parse().map_err(anyhow::Error::msg)?),
-            quantize: None,
+            dtype: Some(dtype.parse().map_err(anyhow::Error::msg)?),
+            quantize: scheme.map(str::parse).transpose().map_err(anyhow::Error::msg)?,
             threads: self.plan.threads,
             context: 4096,
         };

@@ -146,6 +146,12 @@ enum Head {
     Quantized(Linear),
 }
 
+/// As [`Transformer::precision`] says it.
+pub fn precision(dtype: Dtype, quantization: Option<Scheme>) -> String {
+    let scheme = quantization.map(|scheme| format!("/{scheme}"));
+    format!("{}{}", dtype.name(), scheme.unwrap_or_default())
+}
+
 /// A loaded network.
 pub struct Transformer {
     config: ModelConfig,
@@ -214,6 +220,11 @@ impl Transformer {
     /// How the projections' weights came, if not as floats.
     pub fn quantization(&self) -> Option<Scheme> {
         self.layers.first().and_then(|layer| layer.down.scheme())
+    }
+
+    /// Type of activations, and the scheme behind a slash where weights have another: "f32", "bf16/int8".
+    pub fn precision(&self) -> String {
+        precision(self.placement.dtype, self.quantization())
     }
 
     /// Bytes of all weights, as they are held.

@@ -152,7 +152,7 @@ fn speculate(options: Speculate) -> Result<()> {
         let mut json = serde_json::to_value(&report)?;
         json["model"] = info.name.into();
         json["parameters"] = network.config().parameters().into();
-        json["dtype"] = placement.dtype.name().into();
+        json["dtype"] = network.precision().into();
         json["device"] = placement.device_name().into();
         json["threads"] = tch::get_num_threads().into();
         json["prompts_seed"] = options.prompts.prompts_seed.into();
@@ -198,7 +198,7 @@ fn step(options: Step) -> Result<()> {
         json["model"] = name.into();
         json["parameters"] = network.config().parameters().into();
         json["random_weights"] = options.random_weights.is_some().into();
-        json["dtype"] = placement.dtype.name().into();
+        json["dtype"] = network.precision().into();
         json["device"] = placement.device_name().into();
         json["threads"] = tch::get_num_threads().into();
         json["seed"] = seed.into();
@@ -208,7 +208,7 @@ fn step(options: Step) -> Result<()> {
         println!("{json}");
         return Ok(());
     }
-    println!("{name}: prompt {prompt}, canvas {canvas}, batch {batch}, {}, {runs} runs", placement.dtype.name());
+    println!("{name}: prompt {prompt}, canvas {canvas}, batch {batch}, {}, {runs} runs", network.precision());
     for (part, Spread { median, min, max }) in [
         ("forward", report.forward),
         ("head", report.head),

@@ -203,7 +203,7 @@ impl Options {
             target: self.target.clone(),
             model: model.name,
             parameters: model.parameters,
-            dtype: model.dtype,
+            dtype: if model.quantization.is_empty() { model.dtype } else { format!("{}/{}", model.dtype, model.quantization) },
             device: model.device,
             threads: model.threads,
             resident_max: model.resident_max,

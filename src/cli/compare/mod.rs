@@ -61,7 +61,7 @@ pub struct Options {
     #[command(flatten)]
     run: RunOptions,
     /// Let the server there do it, with the models that it serves; https://HOST:PORT for TLS
-    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "drafters", "device", "dtype", "threads", "context"])]
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["model", "drafters", "device", "dtype", "quantize", "threads", "context"])]
     server: Option<String>,
     #[command(flatten)]
     connection: ConnectionFlags,

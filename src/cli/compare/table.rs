@@ -119,8 +119,7 @@ fn aligned(rows: &[Vec<String>]) -> Vec<String> {
 
 /// One prompt's comparison, for `--json`.
 pub fn object(task: &Task, outcomes: &[Outcome], models: &[Model], racing: bool) -> Value {
-    let model =
-        |model: &Model| json!({"name": model.name, "dtype": model.dtype, "device": model.device, "threads": model.threads});
+    let model = |model: &Model| json!({"name": model.name, "dtype": model.dtype, "quantization": model.quantization, "device": model.device, "threads": model.threads});
     json!({
         "prompt": task.prompt,
         "reference": task.reference,

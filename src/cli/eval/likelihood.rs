@@ -50,7 +50,7 @@ struct Text {
 #[derive(Serialize)]
 struct Report {
     model: String,
-    dtype: &'static str,
+    dtype: String,
     device: String,
     threads: i32,
     /// "exact", or "bound": then the likelihood is at least what is told, but for the error.
@@ -113,7 +113,7 @@ pub fn run(options: Options) -> Result<()> {
     let nats_per_token = total.nats / total.tokens as f64;
     let report = Report {
         model: model.name,
-        dtype: network.placement().dtype.name(),
+        dtype: network.precision(),
         device: network.placement().device_name(),
         threads: tch::get_num_threads(),
         kind: if exact { "exact" } else { "bound" },

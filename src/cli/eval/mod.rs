@@ -18,7 +18,6 @@ use crate::eval::sandbox;
 use crate::eval::score::{Outcome, Report};
 use crate::eval::suite::{self, Progress};
 use crate::eval::task::{Form, Suite};
-use crate::tensor::Placement;
 
 /// Nano tasks where the command does not say how many.
 const NANO_TASKS: usize = 300;
@@ -152,15 +151,15 @@ impl SuiteOptions {
     }
 
     /// All that decides what the texts are.
-    fn settings(&self, suite: &Suite, placement: Placement, decoding: &suite::Options) -> Value {
+    fn settings(&self, suite: &Suite, model: &ModelInfo, decoding: &suite::Options) -> Value {
         json!({
             "suite": suite.name,
             "tasks": suite.tasks.len(),
             "fingerprint": suite.fingerprint(),
             "model": self.model.model,
             "drafters": self.model.run.drafters,
-            "dtype": placement.dtype.name(),
-            "device": placement.device_name(),
+            "dtype": model.precision(),
+            "device": model.placement.device_name(),
             "form": decoding.form,
             "max_new_tokens": decoding.max_new_tokens,
             "samples": decoding.samples,
@@ -189,11 +188,10 @@ fn evaluate(options: SuiteOptions) -> Result<()> {
         return judge(&options, &tasks, record::texts(path)?);
     }
     let (model, network, drafters) = options.model.load()?;
-    let placement = network.placement();
     let decoding = options.decoding();
     let (mut record, known) = match &options.outcomes {
         Some(path) => {
-            let (record, known) = Record::open(path, options.settings(&tasks, placement, &decoding))?;
+            let (record, known) = Record::open(path, options.settings(&tasks, &model, &decoding))?;
             (Some(record), known)
         }
         None => (None, vec![]),
@@ -215,7 +213,7 @@ fn evaluate(options: SuiteOptions) -> Result<()> {
     if let Some(record) = record {
         failed_write.map_or(Ok(()), Err).and_then(|()| record.finish(&report.outcomes))?;
     }
-    told(&options, &report, Some((&model, placement)))
+    told(&options, &report, Some(&model))
 }
 
 /// Texts of someone else, judged as our own.
@@ -238,14 +236,14 @@ fn judged(bar: &ProgressBar, outcome: &Outcome, passed: &mut usize) {
     bar.set_message(format!("decoded; judging, {passed} passed"));
 }
 
-fn told(options: &SuiteOptions, report: &Report, model: Option<(&ModelInfo, Placement)>) -> Result<()> {
+fn told(options: &SuiteOptions, report: &Report, model: Option<&ModelInfo>) -> Result<()> {
     ensure!(report.tasks > 0, "there is nothing to report");
     if options.json {
         let mut json = serde_json::to_value(report)?;
-        if let Some((model, placement)) = model {
+        if let Some(model) = model {
             json["model"] = model.name.clone().into();
-            json["dtype"] = placement.dtype.name().into();
-            json["device"] = placement.device_name().into();
+            json["dtype"] = model.precision().into();
+            json["device"] = model.placement.device_name().into();
             json["threads"] = tch::get_num_threads().into();
         }
         if options.suite == SuiteName::Nano {

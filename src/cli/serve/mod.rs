@@ -215,7 +215,7 @@ fn load(settings: &Settings) -> Result<Vec<Served>> {
             model = model.name,
             family = model.config.family.name,
             device = placement.device_name(),
-            dtype = placement.dtype.name(),
+            dtype = network.precision(),
             threads = tch::get_num_threads(),
             context = model.context,
             "loaded"

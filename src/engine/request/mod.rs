@@ -20,8 +20,8 @@ use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::canvas::{Canvas, Piece};
 use crate::decode::{Penalties, Sampling};
 use crate::draft::DrafterInfo;
-use crate::model::Transformer;
 use crate::model::quantized::Scheme;
+use crate::model::{Transformer, precision};
 use crate::telemetry::Trace;
 use crate::tensor::Placement;
 
@@ -70,6 +70,11 @@ impl ModelInfo {
         let (context, placement, tokenizer) = (network.context(), network.placement(), Arc::new(tokenizer));
         let (quantization, weight_bytes) = (network.quantization(), network.weight_bytes());
         Self { name, config, generation, tokenizer, mask_token_id, context, placement, quantization, weight_bytes, drafters }
+    }
+
+    /// As [`Transformer::precision`].
+    pub fn precision(&self) -> String {
+        precision(self.placement.dtype, self.quantization)
     }
 
     /// Tokens that a canvas gets when the request does not say.

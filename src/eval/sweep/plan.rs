@@ -87,7 +87,7 @@ pub struct PlanPath {
     pub name: String,
     /// A folder or a GGUF file.
     pub model: PathBuf,
-    /// Unset: the plan's.
+    /// As "bf16", or "f32/int8" with weights in fewer bits; unset: the plan's.
     pub dtype: Option<String>,
     /// Flags of 'lacuna eval', for each point.
     pub settings: Vec<String>,
