@@ -240,7 +240,10 @@ fn a_wrong_request_exits_with_2() {
         (&["generate", "x", "--max-new-tokens", "100000"], "max_new_tokens: 100000 is not from 1 to"),
         (&["generate", "x", "--temperature", "-1"], "temperature: -1 is not a number from 0 to 10"),
         (&["generate", "x", "--dtype", "f8"], "use f32, f16 or bf16"),
-        (&["generate", "x", "--quantize", "int7"], "unknown quantisation 'int7': use int8, int8-weight-only, int4"),
+        (
+            &["generate", "x", "--quantize", "int7"],
+            "unknown quantisation 'int7': use int8, int8-dynamic, int8-weight-only, int4",
+        ),
         (&["train", "--out", "nowhere"], "--steps"),
     ];
     for (arguments, told) in cases {
@@ -415,7 +418,7 @@ fn a_flag_of_both_methods_goes_to_the_one_asked_for() {
 #[test]
 fn weights_are_quantised_when_they_are_loaded() {
     let mut totals = vec![];
-    for scheme in ["int8", "int8-weight-only", "int4", "int4-dynamic", "fp8", "fp8-block"] {
+    for scheme in ["int8", "int8-dynamic", "int8-weight-only", "int4", "int4-dynamic", "fp8", "fp8-block"] {
         let arguments = ["bench", "step", "--quantize", scheme, "--json", "--runs", "1", "--warm-up", "0"];
         let output = lacuna(&arguments);
         assert!(output.status.success(), "{scheme}: {output:?}");

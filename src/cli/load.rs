@@ -41,7 +41,7 @@ pub struct RunOptions {
     /// f32, f16 or bf16 [default: f32 on the CPU, as stored on a GPU]
     #[arg(long)]
     pub dtype: Option<Dtype>,
-    /// Hold the projections' weights in fewer bits: int8, int8-weight-only, int4, int4-dynamic, fp8 or fp8-block. What is stored quantised stays as it is
+    /// Hold the projections' weights in fewer bits: int8, int8-dynamic (for a GPU), int8-weight-only, int4, int4-dynamic, fp8 or fp8-block. What is stored quantised stays as it is
     #[arg(long, value_name = "SCHEME")]
     pub quantize: Option<Scheme>,
     /// Threads of one operation; 0 leaves it to libtorch

@@ -71,18 +71,22 @@ pub struct Scheme {
 }
 
 impl Scheme {
-    pub const INT8: Self = Self { codes: Codes::Int8, sharing: Sharing::Row, activations: Activations::Rows };
+    /// With a scale for 64 of a row's numbers: what one of them has that is large costs only its neighbours (docs/LOG.md).
+    pub const INT8: Self = Self { codes: Codes::Int8, sharing: Sharing::Row, activations: Activations::Groups(64) };
+    /// With a scale for a whole row, as most tools have it, and operators of GPUs.
+    pub const INT8_DYNAMIC: Self = Self { activations: Activations::Rows, ..Self::INT8 };
     pub const INT8_WEIGHT_ONLY: Self = Self { activations: Activations::Kept, ..Self::INT8 };
     pub const INT4: Self = Self { codes: Codes::Int4, sharing: Sharing::Group(64), activations: Activations::Kept };
-    pub const INT4_DYNAMIC: Self = Self { activations: Activations::Rows, ..Self::INT4 };
+    pub const INT4_DYNAMIC: Self = Self { activations: Activations::Groups(64), ..Self::INT4 };
     pub const FP8: Self = Self { codes: Codes::E4m3, sharing: Sharing::Row, activations: Activations::Rows };
     /// DeepSeek's.
     pub const FP8_BLOCK: Self =
         Self { codes: Codes::E4m3, sharing: Sharing::Block(128), activations: Activations::Groups(128) };
 
     /// Those that go by a name.
-    pub const NAMED: [(&str, Self); 6] = [
+    pub const NAMED: [(&str, Self); 7] = [
         ("int8", Self::INT8),
+        ("int8-dynamic", Self::INT8_DYNAMIC),
         ("int8-weight-only", Self::INT8_WEIGHT_ONLY),
         ("int4", Self::INT4),
         ("int4-dynamic", Self::INT4_DYNAMIC),
@@ -134,12 +138,37 @@ impl FromStr for Scheme {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        let found = Self::NAMED.iter().find(|(known, _)| *known == name);
-        found.map(|(_, scheme)| *scheme).ok_or_else(|| {
+        let found = Self::NAMED.iter().find(|(known, _)| *known == name).map(|(_, scheme)| *scheme);
+        found.or_else(|| spelt(name)).ok_or_else(|| {
             let known: Vec<_> = Self::NAMED.iter().map(|(name, _)| *name).collect();
-            format!("unknown quantisation '{name}': use {}", known.join(", "))
+            format!("unknown quantisation '{name}': use {}, or as in int8-group-64-dynamic", known.join(", "))
         })
     }
+}
+
+/// A scheme by its parts, as they are displayed: `int4-group-32-weight-only`.
+fn spelt(name: &str) -> Option<Scheme> {
+    let mut parts = name.split('-').peekable();
+    let codes = match parts.next()? {
+        "int8" => Codes::Int8,
+        "int4" => Codes::Int4,
+        "fp8" => Codes::E4m3,
+        _ => return None,
+    };
+    // Scales of even groups, and few enough of them.
+    let length = |text: &str| text.parse().ok().filter(|length| (8..=65_536).contains(length) && length % 8 == 0);
+    let sharing = match parts.next_if(|part| ["group", "block"].contains(part)) {
+        None => Sharing::Row,
+        Some("group") => Sharing::Group(length(parts.next()?)?),
+        Some(_) => Sharing::Block(length(parts.next()?)?),
+    };
+    let activations = match (parts.next()?, parts.next()) {
+        ("weight", Some("only")) => Activations::Kept,
+        ("dynamic", None) => Activations::Rows,
+        ("dynamic", Some(group)) => Activations::Groups(length(group)?),
+        _ => return None,
+    };
+    parts.next().is_none().then_some(Scheme { codes, sharing, activations })
 }
 
 /// A matrix in codes and scales.

@@ -23,8 +23,9 @@ pub(super) fn form(weight: &Quantized, placement: Placement) -> Result<Option<Bo
         Sharing::Group(length) | Sharing::Block(length) => length,
     };
     let scales = weight.scales_by_row()?;
-    if let (Some(width), Activations::Rows) = (width, activations)
-        && let Some(found) = Integers::of(width, &weight.codes, &scales, group)?
+    let apart = if let Activations::Groups(length) = activations { Some(length) } else { None };
+    if let (Some(width), true) = (width, activations != Activations::Kept)
+        && let Some(found) = Integers::of(width, &weight.codes, &scales, group, apart)?
     {
         return Ok(Some(Box::new(found)));
     }

@@ -118,7 +118,7 @@ fn quantized(weight: Quantized, placement: Placement) -> Result<Box<dyn Product>
             Err(error) => warn!(form = name, scheme = %weight.scheme, %error, "cannot be used on this device"),
         }
     }
-    warn!(scheme = %weight.scheme, device = %placement.device_name(), "nothing computes with these weights here: they become floats");
+    warn!(scheme = %weight.scheme, device = %placement.device_name(), "nothing computes with these weights here, so they become floats: use another scheme to save their memory");
     plain(weight.dequantized(placement.dtype.kind())?)
 }
 
@@ -210,6 +210,9 @@ mod tests {
             Scheme { codes: Codes::Int4, sharing: Sharing::Row, activations: Activations::Rows },
             Scheme { activations: Activations::Kept, ..Scheme::FP8 },
             Scheme { sharing: Sharing::Group(128), ..Scheme::FP8_BLOCK },
+            Scheme { activations: Activations::Groups(64), ..Scheme::INT8 },
+            Scheme { sharing: Sharing::Group(32), activations: Activations::Groups(32), ..Scheme::INT8 },
+            Scheme { activations: Activations::Groups(64), ..Scheme::INT4 },
         ];
         Scheme::NAMED.iter().map(|(_, scheme)| *scheme).chain(others).collect()
     }

@@ -36,7 +36,7 @@ fn as_rows(x: &Tensor, outputs: i64) -> Result<(Tensor, Vec<i64>), ModelError> {
 /// Whole numbers by whole numbers.
 pub(super) fn int8(weight: &Quantized, placement: Placement) -> Result<Option<Box<dyn Product>>, ModelError> {
     let sizes = on_cpu(placement) || (weight.inputs().is_multiple_of(8) && weight.outputs().is_multiple_of(8));
-    if weight.scheme != Scheme::INT8 || !sizes {
+    if weight.scheme != Scheme::INT8_DYNAMIC || !sizes {
         return Ok(None);
     }
     // On the CPU the inputs lie one after the other; on a GPU the outputs do, as seen by the product.

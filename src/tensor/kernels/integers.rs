@@ -60,25 +60,37 @@ pub struct Integers {
     /// Lines of 64 bytes, interleaved by `strips`.
     data: Tensor,
     strips: Strips,
-    /// `[panels, groups, 16]`.
+    /// `[panels, groups, 16]`, or `[panels, 1, 16]` where an output has one.
     scales: Tensor,
-    /// Inputs of a group.
+    /// Inputs of a group, whose sum is by itself.
     group: usize,
+    /// Whether a row has a scale for each group of its numbers.
+    apart: bool,
     inputs: usize,
     outputs: usize,
 }
 
 impl Integers {
     /// `codes: [outputs, inputs]` (int8, one an element) with `scales: [outputs, ⌈inputs / group⌉]`; `None` where libtorch is to do the
-    /// products. `group` is a multiple of 8, unless a row has one.
-    pub fn of(width: Width, codes: &Tensor, scales: &Tensor, group: usize) -> Result<Option<Self>, TchError> {
+    /// products. `group` is a multiple of 8, unless an output has one. Rows have a scale each, or one for each `apart` numbers, as many as
+    /// weights that share theirs, or where these are all an output's.
+    pub fn of(
+        width: Width,
+        codes: &Tensor,
+        scales: &Tensor,
+        group: usize,
+        apart: Option<usize>,
+    ) -> Result<Option<Self>, TchError> {
         let (&[outputs, inputs], &[rows, groups]) = (codes.size().as_slice(), scales.size().as_slice()) else {
             return Ok(None);
         };
         let usable = in_use() && codes.kind() == Kind::Int8 && codes.device() == tch::Device::Cpu && outputs > 0 && inputs > 0;
         let fits = rows == outputs && group > 0 && groups == (inputs + group as i64 - 1) / group as i64;
         let line = width.inputs();
-        if !usable || !fits || inputs as usize > INPUTS_MAX || !(group.is_multiple_of(2 * UNIT) || groups == 1) {
+        let wanted = apart.unwrap_or(group);
+        let alike = groups == 1 || wanted == group;
+        let whole = wanted.is_multiple_of(2 * UNIT) || wanted >= inputs as usize;
+        if !usable || !fits || inputs as usize > INPUTS_MAX || wanted == 0 || !whole || !alike {
             return Ok(None);
         }
         let (panel, unit) = (PANEL as i64, UNIT as i64);
@@ -99,8 +111,8 @@ impl Integers {
         let data = strips.interleave(&data)?;
         let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
         let scales = scales.f_view([panels, panel, groups])?.f_transpose(1, 2)?.f_contiguous()?;
-        let group = if groups == 1 { length as usize } else { group };
-        Ok(Some(Self { width, data, strips, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
+        let (group, apart) = (wanted.min(length as usize).next_multiple_of(line), apart.is_some());
+        Ok(Some(Self { width, data, strips, scales, group, apart, inputs: inputs as usize, outputs: outputs as usize }))
     }
 
     /// Bytes held.
@@ -119,8 +131,9 @@ impl Integers {
         }
         let (rows, half) = (x.numel() / self.inputs, x.kind() == Kind::BFloat16);
         let lines = self.inputs.div_ceil(self.width.inputs());
-        let (stride, groups) = (lines * self.width.inputs(), self.scales.size()[1] as usize);
-        let (mut codes, mut scales, mut sums) = (vec![0i8; rows * stride], vec![0f32; rows], vec![0i32; rows * groups]);
+        let (stride, groups) = (lines * self.width.inputs(), self.inputs.div_ceil(self.group));
+        let (mut codes, mut scales, mut sums) =
+            (vec![0i8; rows * stride], vec![0f32; rows * groups], vec![0i32; rows * groups]);
         let rounding = Rounding {
             input: x.data_ptr(),
             half,
@@ -128,6 +141,7 @@ impl Integers {
             inputs: self.inputs,
             stride,
             group: self.group,
+            apart: self.apart,
             codes: codes.as_mut_ptr(),
             scales: scales.as_mut_ptr(),
             sums: sums.as_mut_ptr(),
@@ -141,6 +155,7 @@ impl Integers {
             weight: self.data.data_ptr().cast(),
             strips: self.strips,
             weight_scales: self.scales.data_ptr().cast(),
+            scaled: self.scales.size()[1] > 1,
             out: out.data_ptr(),
             half,
             rows,
@@ -169,9 +184,11 @@ struct Rounding {
     stride: usize,
     /// Inputs of a group.
     group: usize,
+    /// Whether each group has a scale of its own.
+    apart: bool,
     codes: *mut i8,
+    /// Of each row's groups, as are the sums of their codes.
     scales: *mut f32,
-    /// Of each row's groups of codes.
     sums: *mut i32,
 }
 
@@ -197,28 +214,12 @@ impl Rounding {
             let input = std::slice::from_raw_parts(self.input.cast::<T>().add(row * self.inputs), self.inputs);
             (input, std::slice::from_raw_parts_mut(self.codes.add(row * self.stride), self.inputs))
         };
-        // Sixteen at a time, so that they become vectors; a number that is none is remembered, as a comparison forgets it.
-        let (lines, rest) = input.as_chunks::<LANES>();
-        let (mut largest, mut broken) = ([0f32; LANES], [0u32; LANES]);
-        for line in lines {
-            for ((largest, broken), value) in largest.iter_mut().zip(&mut broken).zip(line) {
-                let value = value.widen().abs();
-                *largest = if value > *largest { value } else { *largest };
-                *broken |= u32::from(!value.is_finite());
-            }
-        }
-        let mut most = largest.into_iter().fold(0f32, f32::max);
-        let mut any = broken.into_iter().fold(0, |any, broken| any | broken);
-        for value in rest {
-            let value = value.widen().abs();
-            most = most.max(value);
-            any |= u32::from(!value.is_finite());
-        }
-        let scale = if any != 0 { f32::NAN } else { most / LARGEST };
-        // As libtorch would divide, so that the same numbers become the same codes.
-        let divisor = if scale > 0.0 { scale } else { 1.0 };
-        let mut sums = unsafe { self.sums.add(row * self.inputs.div_ceil(self.group)) };
-        for (codes, values) in codes.chunks_mut(self.group).zip(input.chunks(self.group)) {
+        let first = row * self.inputs.div_ceil(self.group);
+        let whole = if self.apart { 0.0 } else { scale(input) };
+        for (at, (codes, values)) in codes.chunks_mut(self.group).zip(input.chunks(self.group)).enumerate() {
+            let scale = if self.apart { scale(values) } else { whole };
+            // As libtorch would divide, so that the same numbers become the same codes.
+            let divisor = if scale > 0.0 { scale } else { 1.0 };
             let mut sum = 0i32;
             for (code, value) in codes.iter_mut().zip(values) {
                 // Adding a number of this size rounds, ties to even, and leaves the whole number in the lowest bits.
@@ -227,25 +228,48 @@ impl Rounding {
                 sum += i32::from(*code);
             }
             unsafe {
-                *sums = sum;
-                sums = sums.add(1);
+                *self.scales.add(first + at) = scale;
+                *self.sums.add(first + at) = sum;
             }
         }
-        unsafe { *self.scales.add(row) = scale };
     }
+}
+
+/// What the largest of `values` is divided by to become the largest code; not a number if one of them is none.
+#[inline(always)]
+fn scale<T: Stored>(values: &[T]) -> f32 {
+    // Sixteen at a time, so that they become vectors; a number that is none is remembered, as a comparison forgets it.
+    let (lines, rest) = values.as_chunks::<LANES>();
+    let (mut largest, mut broken) = ([0f32; LANES], [0u32; LANES]);
+    for line in lines {
+        for ((largest, broken), value) in largest.iter_mut().zip(&mut broken).zip(line) {
+            let value = value.widen().abs();
+            *largest = if value > *largest { value } else { *largest };
+            *broken |= u32::from(!value.is_finite());
+        }
+    }
+    let mut most = largest.into_iter().fold(0f32, f32::max);
+    let mut any = broken.into_iter().fold(0, |any, broken| any | broken);
+    for value in rest {
+        let value = value.widen().abs();
+        most = most.max(value);
+        any |= u32::from(!value.is_finite());
+    }
+    if any != 0 { f32::NAN } else { most / LARGEST }
 }
 
 /// One product, as plain memory.
 struct Product {
     width: Width,
-    /// `[rows, lines]` of as many codes as a line has inputs, with a scale for each row and a sum for each of its groups.
+    /// `[rows, lines]` of as many codes as a line has inputs, with a scale and a sum for each of a row's groups.
     input: *const i8,
     input_scales: *const f32,
     input_sums: *const i32,
-    /// Lines of 64 bytes, interleaved, and `[panels, groups, 16]`.
+    /// Lines of 64 bytes, interleaved, and `[panels, groups, 16]` where groups are `scaled` each, else `[panels, 16]`.
     weight: *const u8,
     strips: Strips,
     weight_scales: *const f32,
+    scaled: bool,
     /// `[rows, outputs]`, in bf16 or f32.
     out: *mut c_void,
     half: bool,
@@ -298,12 +322,17 @@ trait Sums: Copy {
     /// Adds for each lane the products of the four bytes of `line` with the four codes in `input`.
     unsafe fn add(self, line: Self, input: i32) -> Self;
 
-    /// Sixteen running sums of floats.
+    /// Sixteen floats.
     type Floats: Copy;
     fn floats() -> Self::Floats;
-    /// The sums less `excess`, times the scales there, added to `total`.
-    unsafe fn onto(self, excess: i32, scales: *const f32, total: Self::Floats) -> Self::Floats;
-    fn scaled(total: Self::Floats, scale: f32) -> [f32; LANES];
+    fn splat(value: f32) -> Self::Floats;
+    /// Those there, times `by`.
+    unsafe fn times(from: *const f32, by: f32) -> Self::Floats;
+    /// The sums less `excess`, times `factor`, added to `total`.
+    fn onto(self, excess: i32, factor: Self::Floats, total: Self::Floats) -> Self::Floats;
+    /// `total` times those there.
+    unsafe fn scaled(total: Self::Floats, by: *const f32) -> Self::Floats;
+    fn stored(total: Self::Floats) -> [f32; LANES];
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -346,17 +375,29 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn onto(self, excess: i32, scales: *const f32, total: __m512) -> __m512 {
-            unsafe {
-                let sums = _mm512_cvtepi32_ps(_mm512_sub_epi32(self, _mm512_set1_epi32(excess)));
-                _mm512_fmadd_ps(sums, _mm512_loadu_ps(scales), total)
-            }
+        fn splat(value: f32) -> __m512 {
+            unsafe { _mm512_set1_ps(value) }
         }
 
         #[inline(always)]
-        fn scaled(total: __m512, scale: f32) -> [f32; LANES] {
+        unsafe fn times(from: *const f32, by: f32) -> __m512 {
+            unsafe { _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(by)) }
+        }
+
+        #[inline(always)]
+        fn onto(self, excess: i32, factor: __m512, total: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(self, _mm512_set1_epi32(excess))), factor, total) }
+        }
+
+        #[inline(always)]
+        unsafe fn scaled(total: __m512, by: *const f32) -> __m512 {
+            unsafe { _mm512_mul_ps(total, _mm512_loadu_ps(by)) }
+        }
+
+        #[inline(always)]
+        fn stored(total: __m512) -> [f32; LANES] {
             let mut lanes = [0.0; LANES];
-            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), _mm512_mul_ps(total, _mm512_set1_ps(scale))) };
+            unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), total) };
             lanes
         }
     }
@@ -400,14 +441,29 @@ impl Sums for [i32; LANES] {
     }
 
     #[inline(always)]
-    unsafe fn onto(self, excess: i32, scales: *const f32, total: [f32; LANES]) -> [f32; LANES] {
-        let scales = unsafe { scales.cast::<[f32; LANES]>().read_unaligned() };
-        std::array::from_fn(|lane| ((self[lane] - excess) as f32).mul_add(scales[lane], total[lane]))
+    fn splat(value: f32) -> [f32; LANES] {
+        [value; LANES]
     }
 
     #[inline(always)]
-    fn scaled(total: [f32; LANES], scale: f32) -> [f32; LANES] {
-        total.map(|total| total * scale)
+    unsafe fn times(from: *const f32, by: f32) -> [f32; LANES] {
+        unsafe { from.cast::<[f32; LANES]>().read_unaligned() }.map(|value| value * by)
+    }
+
+    #[inline(always)]
+    fn onto(self, excess: i32, factor: [f32; LANES], total: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|lane| ((self[lane] - excess) as f32).mul_add(factor[lane], total[lane]))
+    }
+
+    #[inline(always)]
+    unsafe fn scaled(total: [f32; LANES], by: *const f32) -> [f32; LANES] {
+        let by = unsafe { by.cast::<[f32; LANES]>().read_unaligned() };
+        std::array::from_fn(|lane| total[lane] * by[lane])
+    }
+
+    #[inline(always)]
+    fn stored(total: [f32; LANES]) -> [f32; LANES] {
+        total
     }
 }
 
@@ -468,7 +524,8 @@ impl Product {
         let length = self.lines * if HALVES { 2 } else { 1 };
         unsafe {
             let weight = self.weight.add((part.strip.first * self.lines + part.from) * LINE);
-            let scales = self.weight_scales.add(part.panel() * self.groups * PANEL);
+            let scale_groups = if self.scaled { self.groups } else { 1 };
+            let scales = self.weight_scales.add(part.panel() * scale_groups * PANEL);
             let input = self.input.cast::<i32>().add(row * length);
             let mut totals = [[S::floats(); P]; M];
             for group in 0..self.groups {
@@ -501,16 +558,22 @@ impl Product {
                     }
                 }
                 for (m, (totals, sums)) in totals.iter_mut().zip(sums).enumerate() {
-                    let excess = self.width.offset() * *self.input_sums.add((row + m) * self.groups + group);
+                    let at = (row + m) * self.groups + group;
+                    let (scale, excess) = (*self.input_scales.add(at), self.width.offset() * *self.input_sums.add(at));
                     for (p, (total, sum)) in totals.iter_mut().zip(sums).enumerate() {
-                        *total = sum.onto(excess, scales.add((p * self.groups + group) * PANEL), *total);
+                        let factor = if self.scaled {
+                            S::times(scales.add((p * self.groups + group) * PANEL), scale)
+                        } else {
+                            S::splat(scale)
+                        };
+                        *total = sum.onto(excess, factor, *total);
                     }
                 }
             }
             for (m, totals) in totals.into_iter().enumerate() {
-                let scale = *self.input_scales.add(row + m);
                 for (p, total) in totals.into_iter().enumerate() {
-                    self.put(row + m, (part.panel() + p) * PANEL, S::scaled(total, scale));
+                    let total = if self.scaled { total } else { S::scaled(total, scales.add(p * PANEL)) };
+                    self.put(row + m, (part.panel() + p) * PANEL, S::stored(total));
                 }
             }
         }
@@ -545,13 +608,15 @@ mod tests {
         (codes, Tensor::rand([outputs, (inputs + group - 1) / group], (Kind::Float, Device::Cpu)) / 100.0)
     }
 
-    /// What it should come to, in f64.
-    fn expected(x: &Tensor, codes: &Tensor, scales: &Tensor, group: i64) -> Tensor {
-        let x = x.to_kind(Kind::Float);
+    /// What it should come to, in f64, with rows rounded in groups of so many numbers.
+    fn expected(x: &Tensor, codes: &Tensor, scales: &Tensor, group: i64, apart: i64) -> Tensor {
+        let (rows, inputs) = x.size2().unwrap();
+        let x = x.to_kind(Kind::Float).constant_pad_nd([0, (apart - inputs % apart) % apart]).view([rows, -1, apart]);
         let scale = x.abs().amax(-1, true) / 127.0;
-        let rounded = (&x / &scale).round().to_kind(Kind::Double) * scale.to_kind(Kind::Double);
-        let scales =
-            scales.to_kind(Kind::Double).repeat_interleave_self_int(group, 1, None::<i64>).narrow(1, 0, codes.size()[1]);
+        let divisor = scale.where_self(&scale.gt(0.0), &scale.ones_like());
+        let rounded = (&x / divisor).round().to_kind(Kind::Double) * scale.to_kind(Kind::Double);
+        let rounded = rounded.reshape([rows, -1]).narrow(1, 0, inputs);
+        let scales = scales.to_kind(Kind::Double).repeat_interleave_self_int(group, 1, None::<i64>).narrow(1, 0, inputs);
         rounded.matmul(&(codes.to_kind(Kind::Double) * scales).transpose(0, 1))
     }
 
@@ -569,12 +634,15 @@ mod tests {
     #[test]
     fn products_are_those_of_the_rounded_numbers() {
         for (width, kind) in [(Width::Eight, Kind::Float), (Width::Eight, Kind::BFloat16), (Width::Four, Kind::Float)] {
-            for (rows, inputs, outputs, group) in SHAPES {
+            for ((rows, inputs, outputs, group), apart) in SHAPES.into_iter().flat_map(|shape| [(shape, false), (shape, true)])
+            {
                 let ((codes, scales), x) = (weight(width, outputs, inputs, group), random(&[rows, inputs], kind));
-                let weight = Integers::of(width, &codes, &scales, group as usize).unwrap().unwrap();
-                let ours = weight.product(&x).unwrap().unwrap();
+                // Groups of a row's numbers are those of the weights, unless an output has one scale.
+                let apart = apart.then_some(if group == inputs { 32 } else { group });
+                let weight = Integers::of(width, &codes, &scales, group as usize, apart.map(|apart| apart as usize));
+                let ours = weight.unwrap().unwrap().product(&x).unwrap().unwrap();
                 assert_eq!(ours.kind(), kind);
-                let exact = expected(&x, &codes, &scales, group);
+                let exact = expected(&x, &codes, &scales, group, apart.unwrap_or(inputs));
                 let error = f64::try_from((ours.to_kind(Kind::Double) - &exact).abs().max() / exact.abs().max()).unwrap();
                 let tolerance = if kind == Kind::Float { 1e-6 } else { 5e-3 };
                 assert!(error < tolerance, "{width:?} {kind:?} {rows} x {inputs} x {outputs}: {error}");
@@ -591,7 +659,7 @@ mod tests {
             (Width::Four, 256, 300, 256),
         ] {
             let ((codes, scales), x) = (weight(width, outputs, inputs, group), random(&[300, inputs], Kind::Float));
-            let weight = Integers::of(width, &codes, &scales, group as usize).unwrap().unwrap();
+            let weight = Integers::of(width, &codes, &scales, group as usize, None).unwrap().unwrap();
             let product = |first: i64, rows: i64| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap();
             let alone: Vec<Tensor> = (0..300).map(|row| product(row, 1)).collect();
             for (threads, rows) in [(1, 300), (2, 300), (3, 299), (2, 87), (5, 13), (1, 6), (2, 5), (1, 3), (2, 2)] {
@@ -608,7 +676,7 @@ mod tests {
     fn every_kind_of_sum_gives_the_same() {
         let weights = Tensor::randint(256, [3 * 40 * 64], (Kind::Uint8, Device::Cpu));
         let input = Tensor::randint_low(-127, 128, [5 * 320], (Kind::Int8, Device::Cpu));
-        let (scales, sums, weight_scales) = ([0.5f32; 5], [3i32; 10], [0.25f32; 96]);
+        let (scales, sums, weight_scales) = ([0.5f32; 10], [3i32; 10], [0.25f32; 96]);
         for width in [Width::Eight, Width::Four] {
             let run = |generic: bool| {
                 let out = Tensor::zeros([5, 41], (Kind::Float, Device::Cpu));
@@ -620,6 +688,7 @@ mod tests {
                     weight: weights.data_ptr().cast(),
                     strips: Strips::of(3),
                     weight_scales: weight_scales.as_ptr(),
+                    scaled: true,
                     out: out.data_ptr(),
                     half: false,
                     rows: 5,
@@ -638,7 +707,8 @@ mod tests {
     #[test]
     fn what_is_no_plain_case_is_left_alone_and_broken_rows_show() {
         let (codes, scales) = weight(Width::Eight, 8, 16, 16);
-        let of = |codes: &Tensor, scales: &Tensor, group: usize| Integers::of(Width::Eight, codes, scales, group).unwrap();
+        let of =
+            |codes: &Tensor, scales: &Tensor, group: usize| Integers::of(Width::Eight, codes, scales, group, None).unwrap();
         assert!(of(&codes.to_kind(Kind::Float), &scales, 16).is_none(), "another type");
         assert!(of(&codes, &scales.narrow(0, 0, 7), 16).is_none(), "scales that do not fit");
         assert!(of(&codes, &Tensor::ones([8, 4], (Kind::Float, Device::Cpu)), 4).is_none(), "groups of part of a line");
