@@ -252,6 +252,26 @@ fn a_wrong_request_exits_with_2() {
     }
     let message = ill(&["generate", "x", "--device", "tpu"], 1);
     assert_eq!(message, "error: unknown device 'tpu': use auto, cpu or cuda:N\n");
+    // Before anything is read: not even that the model is not there is seen.
+    for command in [&["generate", "x"][..], &["compare", "x"], &["eval", "nano"], &["bench", "step"]] {
+        let message = ill(&[command, &["--model", "nowhere", "--device", "cuda:4096"]].concat(), 1);
+        assert!(message.starts_with("error: device 'cuda:4096' "), "{command:?}: {message}");
+    }
+}
+
+/// A shape that no machine has room for.
+#[test]
+fn too_little_memory_is_told_with_its_sum() {
+    let shape = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/shapes/llada-8b.json");
+    let mut shape = json(&std::fs::read_to_string(shape).unwrap());
+    shape["n_layers"] = 1024.into();
+    shape["mlp_hidden_size"] = (1 << 18).into();
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    write!(file, "{shape}").unwrap();
+    let message = ill(&["bench", "step", "--device", "cpu", "--random-weights", file.path().to_str().unwrap()], 1);
+    for part in ["there is no room for", "of weights", "for 4096 tokens", "are free on the device: try a smaller --context"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
 }
 
 #[test]

@@ -8,14 +8,15 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::config::ModelConfig;
 use crate::draft::Drafters;
-use crate::engine::memory;
+use crate::engine::memory::{self, Need};
 use crate::engine::request::{ModelInfo, check_defaults};
 use crate::engine::{Engine, Limits};
 use crate::model::quantized::Scheme;
 use crate::model::{Transformer, manifest};
-use crate::service::{Loader, Need, Served};
-use crate::tensor::{self, Device, Dtype, Placement};
+use crate::service::{Loader, Served};
+use crate::tensor::{self, Device, Dtype, Placement, free_memory};
 
 /// Bytes of weights from which loading takes long enough to show its progress; a disc reads so many in about half a second.
 const PROGRESS_FROM: usize = 256 << 20;
@@ -55,6 +56,7 @@ pub struct RunOptions {
 impl ModelOptions {
     /// Opens the model, loads the network and whatever drafts for it.
     pub fn load(&self) -> Result<Loaded> {
+        self.run.device()?;
         self.run.load(open(&self.model)?)
     }
 }
@@ -63,6 +65,34 @@ impl ModelOptions {
 pub type Loaded = (ModelInfo, Transformer, Drafters);
 
 impl RunOptions {
+    /// A device that is not here is told before anything is read.
+    fn device(&self) -> Result<()> {
+        tensor::device(&self.device).map(drop).map_err(anyhow::Error::msg)
+    }
+
+    /// What a model takes at least: its weights, its draft heads, and room for one context's tokens. By its headers alone.
+    fn need(&self, checkpoint: &Checkpoint, placement: Placement) -> Need {
+        Need { drafters: drafter_bytes(&self.folder(checkpoint)), ..self.bare(&checkpoint.config, placement) }
+    }
+
+    /// Likewise of a model without draft heads.
+    pub fn bare(&self, config: &ModelConfig, placement: Placement) -> Need {
+        let context = config.max_positions.min(self.context as usize);
+        Need {
+            weights: (config.parameters() * placement.dtype.size()) as u64,
+            drafters: 0,
+            token: memory::bytes_per_token(config, placement) as u64,
+            tokens_min: context,
+            tokens: context,
+            free: free_memory(placement.device),
+        }
+    }
+
+    /// Where its draft heads are, if it has any.
+    fn folder(&self, checkpoint: &Checkpoint) -> PathBuf {
+        self.drafters.clone().unwrap_or_else(|| checkpoint.path.join("drafters"))
+    }
+
     /// Where a model runs, and in which type.
     pub fn placement(&self, checkpoint: &Checkpoint) -> Result<Placement, String> {
         let device = tensor::device(&self.device)?;
@@ -74,10 +104,11 @@ impl RunOptions {
     fn load(&self, checkpoint: Checkpoint) -> Result<Loaded> {
         tensor::set_threads(self.threads);
         let placement = self.placement(&checkpoint).map_err(anyhow::Error::msg)?;
+        self.need(&checkpoint, placement).within(&checkpoint.name(), None, &[]).map_err(anyhow::Error::msg)?;
         let bar = progress("loading", manifest(&checkpoint.config).len(), checkpoint.files.bytes());
         let network = checkpoint.load_as(self.quantize, placement, self.context as usize, &mut |_| bar.inc(1))?;
         bar.finish_and_clear();
-        let folder = self.drafters.clone().unwrap_or_else(|| checkpoint.path.join("drafters"));
+        let folder = self.folder(&checkpoint);
         ensure!(self.drafters.is_none() || folder.is_dir(), "there is no folder {} of draft heads", folder.display());
         let drafters = Drafters::load(&folder, &checkpoint.config, placement).map_err(|error| anyhow!(error))?;
         let info = ModelInfo::new(checkpoint, &network, drafters.infos());
@@ -86,12 +117,13 @@ impl RunOptions {
     }
 }
 
-/// Loads all `models`, none before every one of them is known to be there under a name of its own.
+/// Loads all `models`, none before every one of them is known to be there under a name of its own, and to have room beside the others.
 pub fn load_all(models: &[PathBuf], run: &RunOptions) -> Result<Vec<Loaded>> {
     ensure!(
         models.len() == 1 || run.drafters.is_none(),
         "--drafters goes with one --model: with several, each has its own in drafters/ in its folder"
     );
+    run.device()?;
     let mut checkpoints: Vec<Checkpoint> = vec![];
     for path in models {
         let checkpoint = open(path)?;
@@ -100,6 +132,13 @@ pub fn load_all(models: &[PathBuf], run: &RunOptions) -> Result<Vec<Loaded>> {
             bail!("{one} and {} would both be called {name}: give them different names", path.display());
         }
         checkpoints.push(checkpoint);
+    }
+    let mut taken: Vec<(String, u64)> = vec![];
+    for checkpoint in &checkpoints {
+        let need = run.need(checkpoint, run.placement(checkpoint).map_err(anyhow::Error::msg)?);
+        let others: Vec<_> = taken.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        need.within(&checkpoint.name(), None, &others).map_err(anyhow::Error::msg)?;
+        taken.push((checkpoint.name(), need.bytes()));
     }
     let each = checkpoints.into_iter().map(|checkpoint| {
         let name = checkpoint.name();
@@ -141,27 +180,25 @@ impl Loader for ByRequest {
     fn measure(&self, path: &Path) -> Result<Need, String> {
         let checkpoint = Checkpoint::open(path).map_err(|error| error.to_string())?;
         let placement = self.run.placement(&checkpoint)?;
-        let config = &checkpoint.config;
-        let context = config.max_positions.min(self.run.context as usize);
+        let need = self.run.need(&checkpoint, placement);
+        let context = need.tokens_min;
         Ok(Need {
-            weights: (config.parameters() * placement.dtype.size()) as u64 + drafter_bytes(&checkpoint.path),
-            token: memory::bytes_per_token(config, placement) as u64,
             tokens_min: context.min(self.limits.tokens.unwrap_or(context)),
             tokens: self.limits.tokens.unwrap_or_else(|| most(&self.limits, context)),
-            free: memory::free(placement.device),
+            ..need
         })
     }
 
     fn load(&self, path: &Path, tokens: usize) -> Result<Served, String> {
-        let loaded = open(path).and_then(|checkpoint| RunOptions { drafters: None, ..self.run.clone() }.load(checkpoint));
+        let loaded = open(path).and_then(|checkpoint| self.run.load(checkpoint));
         let limits = Limits { tokens: Some(tokens), ..self.limits };
         loaded.and_then(|loaded| start(loaded, limits)).map_err(|error| format!("{error:#}"))
     }
 }
 
-/// Bytes that the draft heads in a model's folder take at most: what is stored has 16 bits at least, what runs 32 at most.
-fn drafter_bytes(model: &Path) -> u64 {
-    let size = |kind: &str| model.join("drafters").join(kind).join("model.safetensors").metadata().map_or(0, |file| file.len());
+/// Bytes that the draft heads in a folder take at most: what is stored has 16 bits at least, what runs 32 at most.
+fn drafter_bytes(folder: &Path) -> u64 {
+    let size = |kind: &str| folder.join(kind).join("model.safetensors").metadata().map_or(0, |file| file.len());
     2 * (size("redrafter") + size("medusa"))
 }
 

@@ -15,10 +15,7 @@ pub struct Machine {
 impl Machine {
     /// This one.
     pub fn here() -> Self {
-        let told = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let name = told.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-        let cpu = name.map_or_else(|| std::env::consts::ARCH.into(), |(_, name)| name.trim().to_owned());
-        Self { cpu, cores: std::thread::available_parallelism().map_or(1, usize::from) }
+        Self { cpu: crate::tensor::cpu_name(), cores: std::thread::available_parallelism().map_or(1, usize::from) }
     }
 }
 

@@ -9,73 +9,24 @@ use std::sync::Arc;
 use super::Served;
 use crate::checkpoint::name_of;
 use crate::decode::autoregressive::DrafterKind;
-use crate::engine::memory;
+use crate::engine::memory::{self, Need};
+use crate::tensor::free_memory;
 
 /// Entries of a folder that are looked at.
 const ENTRIES_MAX: usize = 4096;
 
-/// What a model takes of the memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Need {
-    /// Bytes of weights, drafters' included.
-    pub weights: u64,
-    /// Bytes of one token in the engine.
-    pub token: u64,
-    /// Fewer tokens than this are no use.
-    pub tokens_min: usize,
-    /// Tokens that it may have in its engine.
-    pub tokens: usize,
-    /// Bytes that are free on its device.
-    pub free: u64,
-}
-
-impl Need {
-    /// Of a model that is served.
-    pub fn of(model: &Served) -> Self {
-        let info = &model.info;
-        let drafters = info.drafters.iter().filter(|drafter| drafter.kind != DrafterKind::Chain);
-        Self {
-            weights: (info.weight_bytes + drafters.map(|drafter| drafter.bytes).sum::<usize>()) as u64,
-            token: memory::bytes_per_token(&info.config, info.placement) as u64,
-            tokens_min: info.context,
-            tokens: model.engine.bounds().tokens,
-            free: memory::free(info.placement.device),
-        }
+/// What a model that is served takes.
+pub fn need_of(model: &Served) -> Need {
+    let info = &model.info;
+    let drafters = info.drafters.iter().filter(|drafter| drafter.kind != DrafterKind::Chain);
+    Need {
+        weights: info.weight_bytes as u64,
+        drafters: drafters.map(|drafter| drafter.bytes).sum::<usize>() as u64,
+        token: memory::bytes_per_token(&info.config, info.placement) as u64,
+        tokens_min: info.context,
+        tokens: model.engine.bounds().tokens,
+        free: free_memory(info.placement.device),
     }
-
-    pub fn bytes(&self) -> u64 {
-        self.weights.saturating_add(self.token.saturating_mul(self.tokens as u64))
-    }
-
-    /// With as many tokens as a budget has room for beside what is taken; else the sum that shows why it has none.
-    pub fn within(self, name: &str, budget: u64, taken: &[(&str, u64)]) -> Result<Self, String> {
-        let others = taken.iter().map(|(_, bytes)| bytes).sum();
-        let left = budget.saturating_sub(others).min(self.free);
-        let tokens = left.saturating_sub(self.weights) / self.token.max(1);
-        let found = Self { tokens: self.tokens.min(usize::try_from(tokens).unwrap_or(usize::MAX)), ..self };
-        if found.tokens >= self.tokens_min && self.weights <= left {
-            return Ok(found);
-        }
-        let least = Self { tokens: self.tokens_min, ..self };
-        let taken: Vec<_> = taken.iter().map(|(name, bytes)| format!("{name} {}", mebibytes(*bytes))).collect();
-        Err(format!(
-            "there is no room for {name}: it needs {} ({} of weights, {} for {} tokens); of the budget of {} are taken {} ({}), and \
-             {} are free on the device: unload another model first",
-            mebibytes(least.bytes()),
-            mebibytes(self.weights),
-            mebibytes(least.bytes() - self.weights),
-            self.tokens_min,
-            mebibytes(budget),
-            mebibytes(others),
-            taken.join(", "),
-            mebibytes(self.free),
-        ))
-    }
-}
-
-/// For people to read.
-pub fn mebibytes(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// Reads models and starts their engines.
@@ -140,29 +91,5 @@ impl Library {
 
     pub fn load(&self, path: &Path, tokens: usize) -> Result<Served, String> {
         self.loader.load(path, tokens)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const NEED: Need = Need { weights: 20 << 20, token: 1 << 10, tokens_min: 512, tokens: 8192, free: u64::MAX };
-
-    #[test]
-    fn a_model_gets_the_tokens_that_there_is_room_for() {
-        let within = |budget: u64, taken| NEED.within("new", budget << 20, &[("old", taken)]).map(|need| need.tokens);
-        assert_eq!(within(128, 100 << 20), Ok(8192), "20 of weights and 8 for its tokens");
-        assert_eq!(within(124, 100 << 20), Ok(4096));
-        let refused = within(100, 90 << 20).unwrap_err();
-        for part in [
-            "new: it needs 20.5 MiB (20.0 MiB of weights, 0.5 MiB for 512 tokens)",
-            "of 100.0 MiB are taken 90.0 MiB (old 90.0 MiB)",
-        ] {
-            assert!(refused.contains(part), "{refused}");
-        }
-        assert!(within(100, 200 << 20).is_err(), "more is taken than there is");
-        let crowded = Need { free: 20 << 20, ..NEED };
-        assert!(crowded.within("new", 1 << 30, &[]).is_err(), "others have taken the memory");
     }
 }

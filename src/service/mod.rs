@@ -48,7 +48,7 @@ use registry::Registry;
 use tokens::Tokens;
 
 pub use convert::{autoregressive_message, check, diffusion_message, sampling_message};
-pub use library::{Library, Loader, Need, mebibytes};
+pub use library::{Library, Loader, need_of};
 pub use lifecycle::{hangups, on_hangup, shutdown_signal};
 pub use local::Local;
 

@@ -22,6 +22,7 @@ use crate::engine::request::{
 use crate::engine::{Drafted, Load};
 use crate::http::listen;
 use crate::telemetry::account;
+use crate::tensor::{Description, describe as describe_device};
 
 /// The Models service.
 pub struct ModelsService(pub Arc<Registry>);
@@ -119,6 +120,20 @@ pub fn describe(model: &Served) -> proto::Model {
         load: Some(load(model.engine.load())),
         threads: tch::get_num_threads().max(0) as u32,
         state: proto::ModelState::Ready.into(),
+        processor: Some(processor(describe_device(info.placement.device))),
+    }
+}
+
+fn processor(description: Description) -> proto::Processor {
+    let Description { name, memory, memory_free, compute_capability, driver, runtime, instructions } = description;
+    proto::Processor {
+        name,
+        memory_bytes: memory,
+        memory_free_bytes: memory_free,
+        compute_capability,
+        cuda_driver: driver,
+        cuda_runtime: runtime,
+        instructions: instructions.into_iter().map(Into::into).collect(),
     }
 }
 

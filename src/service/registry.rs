@@ -10,9 +10,10 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 use tracing::{info, warn};
 
-use super::library::{Library, Need};
+use super::library::{Library, need_of};
 use super::{ServeError, ServeOptions, Served, lifecycle, models, proto, status};
 use crate::engine::Engine;
+use crate::engine::memory::Need;
 use crate::telemetry::Metrics;
 
 /// How often an engine that is to end is looked at.
@@ -84,7 +85,7 @@ impl Registry {
             }
         }
         let entry = |served: Served| {
-            let (name, bytes) = (served.info.name.clone(), Need::of(&served).bytes());
+            let (name, bytes) = (served.info.name.clone(), need_of(&served).bytes());
             Entry { name, bytes, state: State::Ready(served) }
         };
         models.iter().for_each(|model| options.telemetry.metrics.watch(&model.info, &model.engine));
@@ -217,7 +218,7 @@ impl Registry {
             return Err(entry.away());
         }
         let taken: Vec<_> = models.iter().map(|entry| (entry.name.as_str(), entry.bytes)).collect();
-        let need = need.within(name, library.budget(), &taken).map_err(status::no_room)?;
+        let need = need.within(name, Some(library.budget()), &taken).map_err(status::no_room)?;
         models.push(Entry { name: name.into(), bytes: need.bytes(), state: State::Loading });
         Ok(need)
     }
@@ -235,7 +236,7 @@ impl Registry {
         }
         if let Some(entry) = models.iter_mut().find(|entry| entry.name == served.info.name) {
             self.metrics.watch(&served.info, &served.engine);
-            entry.bytes = Need::of(&served).bytes();
+            entry.bytes = need_of(&served).bytes();
             entry.state = State::Ready(served.clone());
         }
         Ok(served)

@@ -3,13 +3,16 @@
 //! Everything else in the crate receives a [`Placement`] and never asks libtorch which devices there are. It knows nothing of
 //! models.
 
+mod cuda;
+mod device;
 pub mod kernels;
 mod memory;
 
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-pub use memory::{free_memory, give_back_memory, shared_cache};
+pub use device::{Description, cpu_name, describe, device, synchronize};
+pub use memory::{free_memory, give_back_memory, mebibytes, shared_cache};
 pub use tch::{Device, Kind, TchError, Tensor};
 
 /// Floating-point type of weights and activations.
@@ -72,43 +75,6 @@ impl Placement {
         match self.device {
             Device::Cuda(index) => format!("cuda:{index}"),
             _ => "cpu".into(),
-        }
-    }
-}
-
-/// Resolves `auto`, `cpu` or `cuda:N`. The CUDA libraries are opened only here, so that one binary starts on any machine.
-pub fn device(name: &str) -> Result<Device, String> {
-    let index = match name {
-        "cpu" => return Ok(Device::Cpu),
-        "auto" | "cuda" => 0,
-        _ => name
-            .strip_prefix("cuda:")
-            .and_then(|index| index.parse::<usize>().ok())
-            .ok_or_else(|| format!("unknown device '{name}': use auto, cpu or cuda:N"))?,
-    };
-    let opened = open_cuda();
-    let found = if opened.is_ok() && tch::Cuda::is_available() { tch::Cuda::device_count().max(0) as usize } else { 0 };
-    match (name, index < found, opened) {
-        (_, true, _) => Ok(Device::Cuda(index)),
-        ("auto", false, _) => Ok(Device::Cpu),
-        (_, false, Ok(())) => Err(format!("device '{name}' is not here: {found} CUDA devices were found; use --device cpu")),
-        (_, false, Err(reason)) => Err(format!("libtorch's CUDA half cannot be opened ({reason}); use --device cpu")),
-    }
-}
-
-/// Makes libtorch's CUDA half available to this process. Nothing links it, so a machine without it is no error.
-fn open_cuda() -> Result<(), String> {
-    // SAFETY: the name is a NUL-terminated constant; the library registers its kernels when loaded and is never unloaded. What
-    // dlerror gives is a NUL-terminated text that stays until the next call of the dl family on this thread.
-    unsafe {
-        if !libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL).is_null() {
-            return Ok(());
-        }
-        let reason = libc::dlerror();
-        if reason.is_null() {
-            Err("no reason given".into())
-        } else {
-            Err(std::ffi::CStr::from_ptr(reason).to_string_lossy().into())
         }
     }
 }

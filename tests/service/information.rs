@@ -21,6 +21,9 @@ async fn models_are_described() {
     let [model] = list.models.as_slice() else { panic!("one model is served") };
     assert_eq!((model.name.as_str(), model.family.as_str()), ("nano", "llada"));
     assert_eq!((model.dtype.as_str(), model.device.as_str()), ("f32", "cpu"));
+    let processor = model.processor.as_ref().expect("it runs on something");
+    assert!(!processor.name.is_empty() && processor.memory_bytes >= processor.memory_free_bytes, "{processor:?}");
+    assert_eq!((&processor.compute_capability, &processor.cuda_driver), (&None, &None), "a CPU has neither");
     assert_eq!((model.resident_max, model.queued_max), (4, 16));
     assert_eq!(model.weight_bytes, model.parameters * 4);
     let capabilities = model.capabilities.expect("capabilities");

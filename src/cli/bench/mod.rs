@@ -233,6 +233,8 @@ fn random(path: &Path, options: &Step) -> Result<Transformer> {
     let config = ModelConfig::read(path).with_context(|| format!("cannot take the shape from {}", path.display()))?;
     let stored = if device == Device::Cpu { Dtype::F32 } else { config.dtype.unwrap_or(Dtype::Bf16) };
     let placement = Placement { device, dtype: options.model.run.dtype.unwrap_or(stored) };
+    let name = path.display().to_string();
+    options.model.run.bare(&config, placement).within(&name, None, &[]).map_err(anyhow::Error::msg)?;
     let _generator = tensor::seeded(options.seed);
     tch::no_grad(|| Transformer::new(&config, placement, options.model.run.context as usize, &mut RandomWeights { placement }))
         .map_err(|error| anyhow!(error))

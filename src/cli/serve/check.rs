@@ -14,7 +14,8 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::load::{ByRequest, RunOptions, open};
 use crate::draft::Drafters;
 use crate::engine::Limits;
-use crate::service::{Loader, mebibytes};
+use crate::service::Loader;
+use crate::tensor::mebibytes;
 
 pub fn check(options: &Options, in_force: &InForce) -> Result<()> {
     let mut problems = vec![];
@@ -48,15 +49,13 @@ fn model(path: &Path, options: &Options) -> Result<String, Vec<String>> {
     let loader = ByRequest { run: options.run.clone(), limits: Limits { resident: options.max_resident, ..Limits::default() } };
     match loader.measure(path) {
         Err(problem) => problems.push(problem),
-        Ok(need) if need.weights > need.free => {
-            let (weights, free) = (mebibytes(need.weights), mebibytes(need.free));
-            problems.push(format!("its weights take {weights}, and {free} are free"));
+        Ok(need) => {
+            problems.extend(need.within(&checkpoint.name(), None, &[]).err());
+            if problems.is_empty() {
+                let weights = mebibytes(need.weights + need.drafters);
+                return Ok(format!("model {}: {}, {weights} of weights", checkpoint.name(), checkpoint.config.family.name));
+            }
         }
-        Ok(need) if problems.is_empty() => {
-            let weights = mebibytes(need.weights);
-            return Ok(format!("model {}: {}, {weights} of weights", checkpoint.name(), checkpoint.config.family.name));
-        }
-        Ok(_) => {}
     }
     Err(problems)
 }

@@ -18,9 +18,11 @@ use tokio::net::TcpListener;
 use tracing::{error, info, warn};
 
 use super::load::{self, ByRequest, RunOptions};
+use crate::engine::memory::Need;
 use crate::http::listen::Acceptor;
-use crate::service::{Library, Listeners, Need, Served, hangups, mebibytes, on_hangup, serve, shutdown_signal};
+use crate::service::{Library, Listeners, Served, hangups, need_of, on_hangup, serve, shutdown_signal};
 use crate::telemetry::Tracing;
+use crate::tensor::{self, mebibytes};
 use config::InForce;
 use settings::Settings;
 
@@ -209,6 +211,10 @@ async fn signal() {
 /// Loads the models that are served from the start.
 fn load(settings: &Settings) -> Result<Vec<Served>> {
     let models = load::load_all(&settings.models, &settings.run)?;
+    if let Some((_, network, _)) = models.first() {
+        let device = network.placement().device;
+        info!("device {}: {}", network.placement().device_name(), tensor::describe(device));
+    }
     for (model, network, _) in &models {
         let placement = network.placement();
         info!(
@@ -229,9 +235,10 @@ fn library(settings: &Settings, served: &[Served]) -> Result<Option<Library>> {
     if settings.folders.is_empty() {
         return Ok(None);
     }
-    let needs: Vec<Need> = served.iter().map(Need::of).collect();
-    let (taken, weights) = (needs.iter().map(Need::bytes).sum::<u64>(), needs.iter().map(|need| need.weights).sum::<u64>());
-    let free = needs.first().map_or(0, |need| need.free);
+    let needs: Vec<Need> = served.iter().map(need_of).collect();
+    let taken = needs.iter().map(Need::bytes).sum::<u64>();
+    let weights = needs.iter().map(|need| need.weights + need.drafters).sum::<u64>();
+    let free = needs.first().and_then(|need| need.free).unwrap_or(0);
     let budget = settings.budget.unwrap_or(weights + (free as f64 * BUDGET_SHARE) as u64);
     ensure!(
         taken <= budget,
@@ -240,7 +247,9 @@ fn library(settings: &Settings, served: &[Served]) -> Result<Option<Library>> {
         mebibytes(budget)
     );
     info!(budget, taken, "models are loaded and unloaded by request");
-    let loader = ByRequest { run: settings.run.clone(), limits: settings.limits };
+    // Draft heads that were named are the first model's.
+    let run = RunOptions { drafters: None, ..settings.run.clone() };
+    let loader = ByRequest { run, limits: settings.limits };
     Ok(Some(Library::new(settings.folders.clone(), budget, Arc::new(loader))))
 }
 
