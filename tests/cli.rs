@@ -448,3 +448,31 @@ fn weights_are_quantised_when_they_are_loaded() {
     }
     assert!(totals.iter().all(|total| *total > 0.0));
 }
+
+/// Every kind of model runs windows over a prefix, alone and beside others, and the result says what they cost at least.
+#[test]
+fn steps_of_a_grid_are_told_beside_their_floors() {
+    for model in ["models/nano", "models/nano-block", "models/nano-ar"] {
+        let grid = ["--window", "1,4", "--prefix", "0,8", "--sequences", "1,2", "--runs", "1", "--warm-up", "0"];
+        let told = json(&well(&[&["bench", "step", "--model", model, "--device", "cpu", "--json"], &grid[..]].concat()));
+        let cells = told["cells"].as_array().unwrap();
+        assert_eq!((cells.len(), &told["skipped"]), (8, &serde_json::json!([])), "{model}");
+        for cell in cells {
+            let number = |name: &str| cell.pointer(name).and_then(Value::as_f64).unwrap_or_else(|| panic!("{name}: {cell}"));
+            assert!(number("/total/median") > 0.0 && number("/network/median") > 0.0, "{cell}");
+            let times = number("/total/median") / number("/floor/milliseconds");
+            assert!((number("/times_floor") - times).abs() < 1e-9 * times, "{cell}");
+            let rate = number("/sequences") / number("/total/median") * 1e3;
+            assert!((number("/tokens_per_second/1") - rate).abs() < 1e-9 * rate, "{cell}");
+            assert_eq!(cell["tokens_per_second"].get("3").is_some(), cell["window"] == 4, "no more than the window: {cell}");
+        }
+        let bytes = |cell: usize| cells[cell]["floor"]["bytes"].as_f64();
+        assert!(bytes(2) > bytes(0), "a prefix is read");
+        assert!(told["ceilings"]["bytes_per_second"].as_f64() > Some(1e8), "{told}");
+    }
+    let message = ill(&["bench", "step", "--window", "200", "--prefix", "0,100", "--device", "cpu"], 1);
+    assert!(message.contains("have 300 tokens, the context 256"), "{message}");
+    assert!(ill(&["bench", "step", "--window", "0", "--device", "cpu"], 1).contains("must be above 0"));
+    ill(&["bench", "step", "--window", "1", "--canvas", "3"], 2);
+    ill(&["bench", "step", "--prefix", "1"], 2);
+}

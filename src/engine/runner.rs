@@ -308,7 +308,7 @@ pub fn round(
 }
 
 /// Which of the asks run together: in order, as many as [`ROWS_MAX`] allows, and by itself whatever wants to be.
-fn forwards(model: &Transformer, asks: &[Ask]) -> Vec<Range<usize>> {
+pub fn forwards(model: &Transformer, asks: &[Ask]) -> Vec<Range<usize>> {
     let alone = |ask: &Ask| ask.window.alone && !model.rows_are_independent();
     let mut forwards: Vec<Range<usize>> = vec![];
     let mut rows = 0;

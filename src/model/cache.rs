@@ -109,6 +109,17 @@ impl KvCache {
         Ok(())
     }
 
+    /// Random keys and values of `count` positions, as if so many tokens had been run and kept: for measurements.
+    pub fn fill(&mut self, count: usize) -> Result<(), ModelError> {
+        let capacity = self.capacity();
+        if count > capacity {
+            return Err(ModelError::CacheFull { needed: count, capacity });
+        }
+        let _ = self.data.f_narrow(3, 0, count as i64)?.f_normal_(0.0, 1.0)?;
+        self.length = count;
+        Ok(())
+    }
+
     /// Forgets everything from position `length` on.
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);

@@ -1,6 +1,10 @@
 //! Where a denoising step's time goes: network, vocabulary head, selection, events.
 //!
-//! Each run is the first step of a fresh canvas, in which every cell is masked and every row wanted: the dearest step there is.
+//! Here one step of a fresh canvas is told by its parts; [`grid`] tells whole steps of many shapes beside what they cost at least, by the
+//! [`ceilings`] of the device. Each run here is the first step of a fresh canvas, in which every cell is masked and every row wanted: the dearest step there is.
+
+pub mod ceilings;
+pub mod grid;
 
 use std::time::{Duration, Instant};
 
