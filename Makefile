@@ -23,7 +23,7 @@ PLAN ?= benches/plans/pair.toml
 EXAMPLE := \# Return the sum of the numbers in xs that are greater than 17.\ndef solve(xs):\n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build serve demo test fuzz fmt clippy doc eval bench sweep report train train-ar train-block train-drafters clean
+.PHONY: help setup setup-tests build cuda serve demo test fuzz fmt clippy doc eval bench sweep report train train-ar train-block train-drafters clean
 
 help: ## list what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,6 +37,9 @@ setup-tests: ## install what the tests' clients need: .venv, tests/node, Chromiu
 
 build: setup ## build target/release/lacuna
 	cargo build --release --locked
+
+cuda: setup ## build target/release/liblacuna_graphs.so, for CUDA graphs on a machine with a GPU
+	@scripts/build-cuda.sh
 
 serve: build ## serve MODEL and SIBLING on ADDRESS, with a page
 	@echo 'Call it from another terminal (README.md has Python too):'

@@ -34,6 +34,7 @@ fn options(out: &Path, stop_after: Option<u64>) -> Options {
         layers: 1,
         heads: 2,
         dtype: Dtype::F32,
+        device: "cpu".into(),
         threads: 1,
     }
 }

@@ -37,6 +37,7 @@ fn model(objective: Objective, steps: u64) -> TempDir {
         layers: 1,
         heads: 2,
         dtype: Dtype::F32,
+        device: "cpu".into(),
         threads: 1,
     })
     .unwrap();

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use tracing::warn;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::ModelConfig;
@@ -13,8 +14,8 @@ use crate::draft::Drafters;
 use crate::engine::memory::{self, Need};
 use crate::engine::request::{ModelInfo, check_defaults};
 use crate::engine::{Engine, Limits};
-use crate::model::quantized::Scheme;
-use crate::model::{Transformer, manifest};
+use crate::model::quantized::{Codes, Scheme};
+use crate::model::{Graphs, Transformer, manifest};
 use crate::service::{Loader, Served};
 use crate::tensor::{self, Device, Dtype, Placement, free_memory};
 
@@ -39,6 +40,9 @@ pub struct RunOptions {
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: String,
+    /// On a GPU, replay what lies between attentions as CUDA graphs, for steps of few rows; 'make cuda' builds what that needs
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub cuda_graphs: Switch,
     /// f32, f16 or bf16 [default: f32 on the CPU, as stored on a GPU]
     #[arg(long)]
     pub dtype: Option<Dtype>,
@@ -51,6 +55,12 @@ pub struct RunOptions {
     /// Longest prompt and canvas together, in tokens; cut to the model's own
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
     pub context: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
 }
 
 impl ModelOptions {
@@ -70,6 +80,18 @@ impl RunOptions {
         tensor::device(&self.device).map(drop).map_err(anyhow::Error::msg)
     }
 
+    /// On a GPU, has the network use CUDA graphs, unless they are not wanted or there is no shim.
+    pub fn record(&self, network: &mut Transformer) {
+        let device = network.placement().device;
+        if device == Device::Cpu || self.cuda_graphs == Switch::Off {
+            return;
+        }
+        match Graphs::open(device) {
+            Ok(graphs) => network.use_graphs(graphs),
+            Err(reason) => warn!(reason, "running without CUDA graphs"),
+        }
+    }
+
     /// What a model takes at least: its weights, its draft heads, and room for one context's tokens. By its headers alone.
     fn need(&self, checkpoint: &Checkpoint, placement: Placement) -> Need {
         Need { drafters: drafter_bytes(&self.folder(checkpoint)), ..self.bare(&checkpoint.config, placement) }
@@ -79,13 +101,25 @@ impl RunOptions {
     pub fn bare(&self, config: &ModelConfig, placement: Placement) -> Need {
         let context = config.max_positions.min(self.context as usize);
         Need {
-            weights: (config.parameters() * placement.dtype.size()) as u64,
+            weights: self.weight_bytes(config, placement.dtype),
             drafters: 0,
             token: memory::bytes_per_token(config, placement) as u64,
             tokens_min: context,
             tokens: context,
             free: free_memory(placement.device),
         }
+    }
+
+    /// Bytes of all weights; of what is quantised here, without its scales.
+    fn weight_bytes(&self, config: &ModelConfig, dtype: Dtype) -> u64 {
+        let embedding = (config.vocab_size * config.hidden_size) as u64;
+        let others = config.parameters() as u64 - embedding;
+        let others = match self.quantize.map(|scheme| scheme.codes) {
+            None => others * dtype.size() as u64,
+            Some(Codes::Int8 | Codes::E4m3) => others,
+            Some(Codes::Int4) => others / 2,
+        };
+        embedding * dtype.size() as u64 + others
     }
 
     /// Where its draft heads are, if it has any.
@@ -106,8 +140,9 @@ impl RunOptions {
         let placement = self.placement(&checkpoint).map_err(anyhow::Error::msg)?;
         self.need(&checkpoint, placement).within(&checkpoint.name(), None, &[]).map_err(anyhow::Error::msg)?;
         let bar = progress("loading", manifest(&checkpoint.config).len(), checkpoint.files.bytes());
-        let network = checkpoint.load_as(self.quantize, placement, self.context as usize, &mut |_| bar.inc(1))?;
+        let mut network = checkpoint.load_as(self.quantize, placement, self.context as usize, &mut |_| bar.inc(1))?;
         bar.finish_and_clear();
+        self.record(&mut network);
         let folder = self.folder(&checkpoint);
         ensure!(self.drafters.is_none() || folder.is_dir(), "there is no folder {} of draft heads", folder.display());
         let drafters = Drafters::load(&folder, &checkpoint.config, placement).map_err(|error| anyhow!(error))?;

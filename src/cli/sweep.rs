@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser};
 use indicatif::ProgressBar;
 
-use super::load::{self, ModelOptions, RunOptions};
+use super::load::{self, ModelOptions, RunOptions, Switch};
 use super::method::{AutoregressiveFlags, DiffusionFlags, SamplingFlags, methods};
 use crate::checkpoint::write_atomically;
 use crate::engine::Engine;
@@ -203,6 +203,7 @@ impl Sweep<'_> {
         let (dtype, scheme) = dtype.split_once('/').map_or((dtype, None), |(dtype, scheme)| (dtype, Some(scheme)));
         let run = RunOptions {
             drafters: None,
+            cuda_graphs: Switch::On,
             device: self.plan.device.clone(),
             dtype: Some(dtype.parse().map_err(anyhow::Error::msg)?),
             quantize: scheme.map(str::parse).transpose().map_err(anyhow::Error::msg)?,

@@ -60,6 +60,9 @@ struct ModelOptions {
     /// Type of the projections; the residual stream and the optimiser stay in f32
     #[arg(long, default_value = "bf16")]
     dtype: Dtype,
+    /// auto, cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Threads of one operation; 0 leaves it to libtorch
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -145,6 +148,7 @@ fn model(options: ModelOptions) -> Result<()> {
         layers: options.layers,
         heads: options.heads,
         dtype: options.dtype,
+        device: options.device,
         threads: options.threads,
     })
 }

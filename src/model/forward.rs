@@ -82,15 +82,15 @@ impl Transformer {
         let kind = if own { Kind::Float } else { self.placement.dtype.kind() };
         let angles = self.rotary.at(&positions, kind)?;
         let tokens = Tensor::f_from_slice(&tokens)?.f_to_device(self.placement.device)?;
-        self.stack(&tokens, |index, layer, qkv| {
-            let mixed = if own {
-                self.attend_few(index, layer, qkv, &angles, &plans)?
-            } else {
-                let mixed = plans.iter().map(|plan| self.attend_segment(index, layer, qkv, &angles, plan));
-                Tensor::f_cat(&mixed.collect::<Result<Vec<_>, _>>()?, 0)?
-            };
-            Ok(mixed)
-        })
+        let mix = |index: usize, layer: &Layer, qkv: &Tensor| {
+            if own {
+                return self.attend_few(index, layer, qkv, &angles, &plans);
+            }
+            let mixed = plans.iter().map(|plan| self.attend_segment(index, layer, qkv, &angles, plan));
+            Ok(Tensor::f_cat(&mixed.collect::<Result<Vec<_>, _>>()?, 0)?)
+        };
+        let replayed = self.graphs.as_ref().map(|graphs| graphs.stack(self, &tokens, mix)).transpose()?.flatten();
+        replayed.map_or_else(|| self.stack(&tokens, mix), Ok)
     }
 
     /// Whether a row's numbers are the same to the bit whatever rows are computed beside it.

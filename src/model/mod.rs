@@ -11,6 +11,7 @@ mod apart;
 pub mod cache;
 pub mod family;
 pub mod forward;
+mod graphs;
 pub mod linear;
 pub mod quantized;
 pub mod rotary;
@@ -26,6 +27,7 @@ use quantized::{Matrix, Scheme};
 use rotary::{Rotary, rotate};
 
 pub use forward::{Layout, Segment};
+pub use graphs::Graphs;
 pub use linear::linear;
 
 /// A forward pass could not be run.
@@ -162,6 +164,8 @@ pub struct Transformer {
     head: Head,
     rotary: Rotary,
     weight_bytes: usize,
+    /// Where the work between attentions is recorded and replayed.
+    graphs: Option<Graphs>,
 }
 
 impl Transformer {
@@ -204,7 +208,8 @@ impl Transformer {
             Some(quantized) => Head::Quantized(Linear::new(quantized, None, placement)?),
         };
         let rotary = Rotary::new(config, positions.min(config.max_positions), placement.device)?;
-        let mut model = Self { config: config.clone(), placement, embedding, layers, norm, head, rotary, weight_bytes: 0 };
+        let config = config.clone();
+        let mut model = Self { config, placement, embedding, layers, norm, head, rotary, weight_bytes: 0, graphs: None };
         model.weight_bytes = model.bytes();
         Ok(model)
     }
@@ -230,6 +235,21 @@ impl Transformer {
     /// Bytes of all weights, as they are held.
     pub fn weight_bytes(&self) -> usize {
         self.weight_bytes
+    }
+
+    /// Those of them that a forward and its head read: all, less an embedding that is not the head, of which a forward reads a few rows.
+    pub fn bytes_read(&self) -> usize {
+        self.weight_bytes - if matches!(self.head, Head::Embedding) { 0 } else { bytes(&self.embedding) }
+    }
+
+    /// Whether it does so.
+    pub fn graphs(&self) -> bool {
+        self.graphs.is_some()
+    }
+
+    /// Has forwards of few rows replayed from [`Graphs`].
+    pub fn use_graphs(&mut self, graphs: Graphs) {
+        self.graphs = Some(graphs);
     }
 
     fn bytes(&self) -> usize {
@@ -279,14 +299,49 @@ impl Transformer {
         tokens: &Tensor,
         mut mix: impl FnMut(usize, &Layer, &Tensor) -> Result<Tensor, ModelError>,
     ) -> Result<Tensor, ModelError> {
-        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
+        let mut x = self.embed(tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let qkv = layer.qkv.forward(&self.rms_norm(&x, &layer.attention_norm)?)?;
-            x = x.f_add(&layer.output.forward(&mix(index, layer, &qkv)?)?)?;
-            let normed = self.rms_norm(&x, &layer.mlp_norm)?;
-            x = x.f_add(&self.mlp(layer, &normed)?)?;
+            let mixed = mix(index, layer, &self.project(layer, &x)?)?;
+            x = self.absorb(layer, &x, &mixed)?;
         }
         self.rms_norm(&x, &self.norm)
+    }
+
+    /// What lies before the attention of layer `index`, or behind the last one: the residual stream, given `stream` and what the
+    /// attention before `mixed`, and with it the layer's queries, keys and values, or the final hidden states.
+    fn piece(
+        &self,
+        index: usize,
+        tokens: &Tensor,
+        stream: Option<&Tensor>,
+        mixed: &Tensor,
+    ) -> Result<(Tensor, Tensor), ModelError> {
+        let before = index.checked_sub(1).and_then(|before| self.layers.get(before));
+        let x = match before.zip(stream) {
+            Some((layer, x)) => self.absorb(layer, x, mixed)?,
+            None => self.embed(tokens)?,
+        };
+        let next = match self.layers.get(index) {
+            Some(layer) => self.project(layer, &x)?,
+            None => self.rms_norm(&x, &self.norm)?,
+        };
+        Ok((x, next))
+    }
+
+    fn embed(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?)
+    }
+
+    /// A layer's queries, keys and values.
+    fn project(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, ModelError> {
+        layer.qkv.forward(&self.rms_norm(x, &layer.attention_norm)?)
+    }
+
+    /// The residual stream behind a layer whose attention came to `mixed`.
+    fn absorb(&self, layer: &Layer, x: &Tensor, mixed: &Tensor) -> Result<Tensor, ModelError> {
+        let x = x.f_add(&layer.output.forward(mixed)?)?;
+        let normed = self.rms_norm(&x, &layer.mlp_norm)?;
+        Ok(x.f_add(&self.mlp(layer, &normed)?)?)
     }
 
     /// Logits of chosen rows, `hidden: [rows, hidden]` to `[rows, vocab]`.

@@ -54,6 +54,8 @@ pub struct Options {
     pub layers: usize,
     pub heads: usize,
     pub dtype: Dtype,
+    /// By its name.
+    pub device: String,
     pub threads: usize,
 }
 
@@ -74,10 +76,12 @@ pub fn run(options: &Options) -> Result<()> {
     ensure!(options.hidden_size.is_multiple_of(options.heads.max(1) * 2), "--hidden-size must be a multiple of 2 × --heads");
     ensure!((1..=data::CANVAS).contains(&options.block_length), "--block-length must be from 1 to {}", data::CANVAS);
     crate::tensor::set_threads(options.threads);
+    let device = crate::tensor::device(&options.device).map_err(anyhow::Error::msg)?;
     std::fs::create_dir_all(options.out.join("training")).context("cannot create the model's folder")?;
     let tokenizer = vocabulary::prepare(&options.out, options.tokenizer.as_deref(), options.seed)?;
     let config = model_config(options, &tokenizer)?;
     let mut parameters = Parameters::new(&config, options.dtype, options.seed)?;
+    parameters.move_to(device)?;
     let mut optimizer = AdamW::new(&parameters, 0.1)?;
     let state = options.out.join("training/state.safetensors");
     if let Some(from) = options.from.as_ref().filter(|_| !state.exists()) {
@@ -155,24 +159,25 @@ fn step(config: &ModelConfig, parameters: &mut Parameters, optimizer: &mut AdamW
 }
 
 fn network(config: &ModelConfig, parameters: &mut Parameters) -> Result<Transformer> {
-    let placement = Placement { device: Device::Cpu, dtype: parameters.dtype() };
+    let placement = Placement { device: parameters.device(), dtype: parameters.dtype() };
     Ok(Transformer::new(config, placement, CONTEXT, parameters)?)
 }
 
 /// Mean cross-entropy over the batch's loss rows, and whether each row's best token is right (`[rows]`, bool).
 fn losses(model: &Transformer, batch: &Batch) -> Result<(Tensor, Tensor)> {
     let shape = [batch.size as i64, (batch.tokens.len() / batch.size) as i64];
-    let tokens = Tensor::f_from_slice(&batch.tokens)?.f_view(shape)?;
+    let device = model.placement().device;
+    let tokens = Tensor::f_from_slice(&batch.tokens)?.f_view(shape)?.f_to_device(device)?;
     let hidden = match batch.copies {
         None => model.hidden(&tokens, model.config().attention)?,
         Some(copies) => {
-            let sees = Tensor::f_from_slice(&copies.sees())?.f_view([shape[1], shape[1]])?;
+            let sees = Tensor::f_from_slice(&copies.sees())?.f_view([shape[1], shape[1]])?.f_to_device(device)?;
             model.hidden_where(&tokens, &copies.positions(), &sees)?
         }
     };
     let hidden = hidden.f_reshape([-1, model.config().hidden_size as i64])?;
-    let rows = Tensor::f_from_slice(&batch.rows)?;
-    let targets = Tensor::f_from_slice(&batch.targets)?;
+    let rows = Tensor::f_from_slice(&batch.rows)?.f_to_device(device)?;
+    let targets = Tensor::f_from_slice(&batch.targets)?.f_to_device(device)?;
     let logits = model.logits(&hidden.f_index_select(0, &rows)?)?.f_to_kind(Kind::Float)?;
     let loss = logits.f_cross_entropy_loss(&targets, None::<&Tensor>, tch::Reduction::Mean, -100, 0.0)?;
     let right = logits.f_argmax(-1, false)?.f_eq_tensor(&targets)?;
@@ -209,7 +214,7 @@ fn validate(config: &ModelConfig, parameters: &Parameters, tokenizer: &Tokenizer
             let batch = held_out.validation(index)?;
             let (batch_loss, right) = losses(&model, &batch)?;
             loss += batch_loss.f_double_value(&[])? / VALIDATION_BATCHES as f64;
-            let right: Vec<bool> = Vec::try_from(&right)?;
+            let right: Vec<bool> = Vec::try_from(&right.f_to_device(Device::Cpu)?)?;
             let mut wrong = vec![false; batch.size];
             for (row, right) in batch.rows.iter().zip(right) {
                 wrong[*row as usize / (batch.tokens.len() / batch.size)] |= !right;

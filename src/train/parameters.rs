@@ -51,6 +51,19 @@ impl Parameters {
         Ok(Self { tensors, embedding: String::new(), dtype: Dtype::F32 })
     }
 
+    /// Takes all of them to a device, before anything is made of them.
+    pub fn move_to(&mut self, device: Device) -> Result<()> {
+        for tensor in self.tensors.values_mut() {
+            *tensor = tensor.f_detach()?.f_to_device(device)?.f_set_requires_grad(true)?;
+        }
+        Ok(())
+    }
+
+    /// Where they are.
+    pub fn device(&self) -> Device {
+        self.tensors.values().next().map_or(Device::Cpu, Tensor::device)
+    }
+
     /// Begins with another model's weights, by what they are for rather than by name. Where this network normalises queries and
     /// keys and the other does not, the norms begin with the length that they can be expected to have: a projection of inputs of
     /// unit variance, scaled by the norm before it, has its own root mean square over all rows.

@@ -14,6 +14,7 @@ use crate::eval::machine::Machine;
 use crate::eval::step::ceilings::Ceilings;
 use crate::eval::step::grid::{self, Cell, Grid, Outcome};
 use crate::eval::step::{self, Spread};
+use crate::model::quantized::Quantizing;
 use crate::model::{RandomWeights, Transformer};
 use crate::tensor::{self, Device, Dtype, Placement};
 
@@ -83,6 +84,7 @@ fn about(json: &mut Value, options: &Options, subject: &Subject) {
     json["parameters"] = subject.network.config().parameters().into();
     json["random_weights"] = options.random_weights.is_some().into();
     json["dtype"] = subject.network.precision().into();
+    json["cuda_graphs"] = subject.network.graphs().into();
     json["device"] = placement.device_name().into();
     json["threads"] = tch::get_num_threads().into();
     json["seed"] = options.seed.into();
@@ -130,7 +132,7 @@ fn windows(options: &Options, subject: &Subject) -> Result<()> {
     let placement = network.placement();
     let ceilings = Ceilings::measure(placement)?;
     if !options.json {
-        println!("{name}: {}, {}", placement.dtype.name(), tensor::describe(placement.device));
+        println!("{name}: {}, {}", network.precision(), tensor::describe(placement.device));
         println!("ceilings: {ceilings}");
         println!(
             "{:>6} {:>6} {:>5} {:>9} {:>20} {:>9} {:>6} {:>10} {:>8}  tokens/s by tokens committed in a step",
@@ -199,6 +201,12 @@ fn random(path: &Path, options: &Options) -> Result<Transformer> {
     let name = path.display().to_string();
     options.model.run.bare(&config, placement).within(&name, None, &[]).map_err(anyhow::Error::msg)?;
     let _generator = tensor::seeded(options.seed);
-    tch::no_grad(|| Transformer::new(&config, placement, options.model.run.context as usize, &mut RandomWeights { placement }))
-        .map_err(|error| anyhow!(error))
+    let (context, mut source) = (options.model.run.context as usize, RandomWeights { placement });
+    let mut network = tch::no_grad(|| match options.model.run.quantize {
+        None => Transformer::new(&config, placement, context, &mut source),
+        Some(scheme) => Transformer::new(&config, placement, context, &mut Quantizing { source, scheme }),
+    })
+    .map_err(|error| anyhow!(error))?;
+    options.model.run.record(&mut network);
+    Ok(network)
 }
