@@ -32,8 +32,9 @@ struct Recorder {
   const c10::DeviceIndex device;
   // Where work is recorded: the default stream cannot be.
   const c10::cuda::CUDAStream side;
-  // The calling thread's own stream, while it is on the other.
+  // The calling thread's own stream and device, while it is on the others.
   c10::cuda::CUDAStream before;
+  c10::DeviceIndex device_before = 0;
   // Memory of all graphs of this recorder.
   const c10::MempoolId_t pool;
 };
@@ -76,15 +77,20 @@ void lacuna_graphs_free(void* recorder) noexcept {
   guarded([&] { delete static_cast<Recorder*>(recorder); return 1; });
 }
 
-// Puts the thread on the side stream, with everything done that was sent to the device before. Until lacuna_graphs_leave no other thread
-// enters.
+// Puts the thread on the recorder's device and side stream, with everything done that was sent to the device before: captures begin and end
+// on the current stream of the current device. Until lacuna_graphs_leave no other thread enters.
 int lacuna_graphs_enter(void* pointer) noexcept {
   auto* recorder = static_cast<Recorder*>(pointer);
   return guarded([&] {
     std::unique_lock<std::mutex> lock(capturing);
-    c10::cuda::CUDAGuard guard(recorder->device);
-    c10::cuda::device_synchronize();
+    {
+      c10::cuda::CUDAGuard guard(recorder->device);
+      c10::cuda::device_synchronize();
+    }
+    recorder->device_before = c10::cuda::current_device();
     recorder->before = c10::cuda::getCurrentCUDAStream(recorder->device);
+    c10::cuda::set_device(recorder->device);
+    // From here on nothing fails: the thread is on both or on neither.
     c10::cuda::setCurrentCUDAStream(recorder->side);
     lock.release();
     return 1;
@@ -94,13 +100,13 @@ int lacuna_graphs_enter(void* pointer) noexcept {
 // Back to its own stream, with everything done that was sent to the side stream. The thread is back even where this fails.
 int lacuna_graphs_leave(void* pointer) noexcept {
   auto* recorder = static_cast<Recorder*>(pointer);
-  const int done = guarded([&] {
-    c10::cuda::CUDAGuard guard(recorder->device);
-    c10::cuda::device_synchronize();
+  const int done = guarded([&] { c10::cuda::device_synchronize(); return 1; });
+  const std::string why = reason;
+  const int back = guarded([&] {
+    c10::cuda::setCurrentCUDAStream(recorder->before);
+    c10::cuda::set_device(recorder->device_before);
     return 1;
   });
-  const std::string why = reason;
-  const int back = guarded([&] { c10::cuda::setCurrentCUDAStream(recorder->before); return 1; });
   capturing.unlock();
   if (!done) reason = why;
   return done && back;

@@ -78,7 +78,7 @@ def main():
     diffusion = ["--steps", steps, "--block-length", min(BLOCK, new), "--suppress-end", "--no-finish-early"]
     plans = [
         ("llada-8b", "diffusion, dual cache", ["--method", "diffusion", "--cache", "dual", *diffusion]),
-        ("sdar-8b", "diffusion, blocks", ["--method", "diffusion", "--steps", steps, "--suppress-end", "--no-finish-early"]),
+        ("sdar-8b", "diffusion, blocks", ["--method", "diffusion", "--steps", 2 * steps, "--suppress-end", "--no-finish-early"]),
         ("qwen2.5-7b", "left to right", ["--method", "autoregressive", "--drafter", "none", "--suppress-end"]),
         ("qwen2.5-7b", "left to right, lookup", ["--method", "autoregressive", "--drafter", "lookup", "--suppress-end"]),
     ]

@@ -10,7 +10,7 @@ use crate::model::linear;
 use crate::tensor::{Device, Dtype, Kind, Placement, Tensor, free_memory, synchronize};
 
 /// How long each of the measurements may go on.
-const TIME: Duration = Duration::from_millis(1500);
+const TIME: Duration = Duration::from_millis(500);
 /// Bytes that are read, unless memory is short.
 const READ: u64 = 1 << 30;
 const RUNS_MIN: usize = 3;
@@ -58,8 +58,8 @@ fn product(dtype: Dtype, size: i64) -> String {
 }
 
 /// Seconds of the fastest run, the device being done with all that was sent to it before and after each.
-fn fastest(device: Device, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
-    work()?;
+fn fastest<T, E: Into<anyhow::Error>>(device: Device, mut work: impl FnMut() -> Result<T, E>) -> Result<f64> {
+    drop(work().map_err(Into::into)?);
     synchronize(device);
     let (began, mut best) = (Instant::now(), f64::INFINITY);
     for run in 0..RUNS_MAX {
@@ -67,7 +67,7 @@ fn fastest(device: Device, mut work: impl FnMut() -> Result<()>) -> Result<f64> 
             break;
         }
         let started = Instant::now();
-        work()?;
+        drop(work().map_err(Into::into)?);
         synchronize(device);
         best = best.min(started.elapsed().as_secs_f64());
     }
@@ -81,8 +81,8 @@ fn reading() -> Result<(f64, &'static str)> {
     let bytes = free_memory(Device::Cpu).map_or(READ, |free| READ.min(free / 4)) as i64;
     let matrix = Tensor::f_ones([bytes / 4 / columns, columns], (Kind::Float, Device::Cpu))?;
     let row = Tensor::f_ones([1, columns], (Kind::Float, Device::Cpu))?;
-    let sum = fastest(Device::Cpu, || Ok(drop(matrix.f_sum(Kind::Float)?)))?;
-    let product = fastest(Device::Cpu, || Ok(drop(linear(&row, &matrix, None)?)))?;
+    let sum = fastest(Device::Cpu, || matrix.f_sum(Kind::Float))?;
+    let product = fastest(Device::Cpu, || linear(&row, &matrix, None))?;
     let by = if product < sum { "reading, by a product with one row" } else { "reading, by a sum" };
     Ok((matrix.numel() as f64 * 4.0 / sum.min(product), by))
 }
@@ -91,14 +91,14 @@ fn copying(device: Device) -> Result<f64> {
     let bytes = 1 << 30;
     let from = Tensor::f_zeros([bytes], (Kind::Uint8, device))?;
     let mut to = from.f_empty_like()?;
-    let seconds = fastest(device, || Ok(to.f_copy_(&from)?))?;
+    let seconds = fastest(device, || to.f_copy_(&from))?;
     Ok(2.0 * bytes as f64 / seconds)
 }
 
 fn multiplying(placement: Placement, size: i64) -> Result<f64> {
     let options = (placement.dtype.kind(), placement.device);
     let (a, b) = (Tensor::f_ones([size, size], options)?, Tensor::f_ones([size, size], options)?);
-    let plain = fastest(placement.device, || Ok(drop(a.f_linear(&b, None::<&Tensor>)?)))?;
-    let own = fastest(placement.device, || Ok(drop(linear(&a, &b, None)?)))?;
+    let plain = fastest(placement.device, || a.f_linear(&b, None::<&Tensor>))?;
+    let own = fastest(placement.device, || linear(&a, &b, None))?;
     Ok(2.0 * (size as f64).powi(3) / plain.min(own))
 }
