@@ -23,7 +23,7 @@ fn start(name: &str, placement: Placement) -> (ModelInfo, Engine) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name);
     let checkpoint = Checkpoint::open(&folder).expect("the model is there");
     let network = checkpoint.load(placement, 4096, &mut |_| {}).expect("it loads");
-    let model = ModelInfo::new(checkpoint, network.context(), placement, vec![]);
+    let model = ModelInfo::new(checkpoint, &network, vec![]);
     // Every request computes its prompt: what is shared between prompts is not what is measured.
     let limits = Limits { resident: 32, queued: 256, prefix_tokens: Some(0), ..Limits::default() };
     let engine = Engine::start(network, Drafters::default(), model.tokenizer.clone(), limits).expect("it starts");

@@ -31,8 +31,8 @@ fn root() -> PathBuf {
 static MODELS: LazyLock<Vec<ModelInfo>> = LazyLock::new(|| {
     let open = |name: &str| {
         let checkpoint = Checkpoint::open(&root().join("models").join(name)).expect("the model that ships opens");
-        let context = checkpoint.config.max_positions;
-        ModelInfo::new(checkpoint, context, Placement::CPU_F32, vec![])
+        let network = checkpoint.load(Placement::CPU_F32, checkpoint.config.max_positions, &mut |_| {}).expect("and loads");
+        ModelInfo::new(checkpoint, &network, vec![])
     };
     ["nano", "nano-block", "nano-ar"].map(open).into()
 });

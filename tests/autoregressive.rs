@@ -55,7 +55,7 @@ fn start(resident: usize) -> (ModelInfo, Engine) {
     let checkpoint = checkpoint("nano-ar");
     let network = checkpoint.load(F32, 4096, &mut |_| {}).unwrap();
     let drafters = heads(&network);
-    let model = ModelInfo::new(checkpoint, network.context(), network.placement(), drafters.infos());
+    let model = ModelInfo::new(checkpoint, &network, drafters.infos());
     let limits = Limits { resident, queued: 64, prefix_tokens: Some(0), ..Limits::default() };
     let engine = Engine::start(network, drafters, model.tokenizer.clone(), limits).unwrap();
     (model, engine)
@@ -469,8 +469,8 @@ fn a_model_of_the_other_kind_says_so() {
     let refused = validate(&model, with(|o| o.method = Some(MethodKind::Diffusion))).unwrap_err().to_string();
     assert!(refused.contains("model nano-ar cannot do diffusion") && refused.contains("causal"), "{refused}");
     let checkpoint = checkpoint("nano");
-    let context = checkpoint.config.max_positions;
-    let diffusion = ModelInfo::new(checkpoint, context, F32, Drafters::default().infos());
+    let network = checkpoint.load(F32, 4096, &mut |_| {}).unwrap();
+    let diffusion = ModelInfo::new(checkpoint, &network, Drafters::default().infos());
     let asked = with(|o| o.method = Some(MethodKind::Autoregressive));
     let refused = validate(&diffusion, asked).unwrap_err().to_string();
     assert!(refused.contains("model nano cannot decode autoregressively") && refused.contains("bidirectional"), "{refused}");

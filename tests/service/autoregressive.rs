@@ -46,7 +46,7 @@ fn causal() -> Served {
     let mut drafters = Drafters::default();
     drafters.add(DrafterKind::Chain, Box::new(Chain(head.shallow_clone())));
     drafters.add(DrafterKind::Redrafter, Box::new(Beams::exact(head)));
-    let info = ModelInfo::new(checkpoint, network.context(), Placement::CPU_F32, drafters.infos());
+    let info = ModelInfo::new(checkpoint, &network, drafters.infos());
     let engine = Engine::start(network, drafters, info.tokenizer.clone(), LIMITS).expect("the engine starts");
     Served { info: Arc::new(info), engine }
 }

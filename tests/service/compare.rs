@@ -38,7 +38,7 @@ fn causal(limits: Limits) -> Served {
     let checkpoint = Checkpoint::open(&folder).expect("the model opens");
     let network = checkpoint.load(Placement::CPU_F32, 4096, &mut |_| {}).expect("the model loads");
     let drafters = Drafters::load(&folder.join("drafters"), network.config(), Placement::CPU_F32).expect("drafters");
-    let info = ModelInfo::new(checkpoint, network.context(), Placement::CPU_F32, drafters.infos());
+    let info = ModelInfo::new(checkpoint, &network, drafters.infos());
     let engine = Engine::start(network, drafters, info.tokenizer.clone(), limits).expect("the engine starts");
     Served { info: Arc::new(info), engine }
 }

@@ -61,7 +61,7 @@ pub fn engine(limits: Limits) -> (Arc<ModelInfo>, Engine) {
     let checkpoint = Checkpoint::open(&folder).expect("the model opens");
     let context = checkpoint.config.max_positions;
     let model = checkpoint.load(Placement::CPU_F32, context, &mut |_| {}).expect("the model loads");
-    let info = Arc::new(ModelInfo::new(checkpoint, context, Placement::CPU_F32, vec![]));
+    let info = Arc::new(ModelInfo::new(checkpoint, &model, vec![]));
     let engine =
         Engine::start(model, lacuna::draft::Drafters::default(), info.tokenizer.clone(), limits).expect("the engine starts");
     (info, engine)
