@@ -1,6 +1,8 @@
-//! Statistics and selection at the vocabularies of LLaDA (126,464) and Dream (151,936), and one denoising step of a small model.
+//! Statistics and selection at the vocabularies of LLaDA (126,464) and SmolLM2 (49,152), and one denoising step of a small model.
 //!
 //! `make bench`. Everything runs on the CPU in this process; criterion warms up and reports spread.
+
+use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use lacuna::checkpoint::config::ModelConfig;
@@ -11,24 +13,33 @@ use lacuna::model::statistics::{Conditions, statistics};
 use lacuna::model::{RandomWeights, Transformer};
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor};
 
-const VOCABULARIES: [i64; 2] = [126_464, 151_936];
+/// Rows and vocabulary of a batch of LLaDA's canvas cells, and of one of SmolLM2's.
+const SHAPES: [(i64, i64); 2] = [(32, 126_464), (64, 49_152)];
 
 fn row_statistics(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("statistics of 32 rows");
+    lacuna::tensor::set_threads(2);
     let plain = Sampling { forbidden: vec![7], ..Sampling::default() };
+    let warm = Sampling { temperature: 0.8, ..plain.clone() };
     let variants = [
         ("greedy", plain.clone()),
-        ("greedy + margin + entropy", Sampling { margin: true, entropy: true, ..plain.clone() }),
-        ("temperature 0.8", Sampling { temperature: 0.8, ..plain.clone() }),
-        ("temperature 0.8, top_p 0.95", Sampling { temperature: 0.8, top_p: Some(0.95), ..plain }),
+        ("margin", Sampling { margin: true, ..plain.clone() }),
+        ("entropy", Sampling { entropy: true, ..plain.clone() }),
+        ("temperature", warm.clone()),
+        ("top_p 0.95", Sampling { top_p: Some(0.95), ..warm.clone() }),
+        ("top_k 50", Sampling { top_k: Some(50), ..warm.clone() }),
+        ("min_p 0.05", Sampling { min_p: Some(0.05), ..warm }),
+        ("5 alternatives", Sampling { alternatives: 5, ..plain }),
     ];
-    for vocabulary in VOCABULARIES {
-        let logits = Tensor::randn([32, vocabulary], (Kind::Float, Device::Cpu)) * 4.0;
+    for (rows, vocabulary) in SHAPES {
+        let mut group = criterion.benchmark_group(format!("statistics of {rows} x {vocabulary}"));
+        group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
+        let logits = Tensor::randn([rows, vocabulary], (Kind::Float, Device::Cpu)) * 4.0;
         for (kind, logits) in [("f32", logits.shallow_clone()), ("bf16", logits.to_kind(Kind::BFloat16))] {
             for (name, sampling) in &variants {
-                let id = BenchmarkId::new(format!("{name}, {kind}"), vocabulary);
                 let conditions = Conditions { sampling, noise: &Noise::Seed(1), histories: &[], proposal: None };
-                group.bench_function(id, |bencher| bencher.iter(|| statistics(&logits, &conditions).unwrap()));
+                group.bench_function(BenchmarkId::new(*name, kind), |bencher| {
+                    bencher.iter(|| statistics(&logits, &conditions).unwrap());
+                });
             }
         }
     }

@@ -95,7 +95,7 @@ fn small(criterion: &mut Criterion) {
         group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(300));
         for rows in [1, 8, 80, 640] {
             let (x, weight) = (random(&[rows, 256], kind), random(&[256], kind));
-            let (gates, logits) = (random(&[rows, 1408], kind), random(&[rows, 944], kind));
+            let gates = random(&[rows, 1408], kind);
             group.bench_function(BenchmarkId::new("rms_norm", rows), |bencher| {
                 bencher.iter(|| kernels::pointwise::rms_norm(&x, &weight, 1e-5).unwrap().unwrap());
             });
@@ -107,9 +107,6 @@ fn small(criterion: &mut Criterion) {
             });
             group.bench_function(BenchmarkId::new("swiglu, libtorch", rows), |bencher| {
                 bencher.iter(|| gates.narrow(1, 0, 704).silu() * gates.narrow(1, 704, 704));
-            });
-            group.bench_function(BenchmarkId::new("best", rows), |bencher| {
-                bencher.iter(|| kernels::rows::best(&logits, &[], &[]).unwrap().unwrap());
             });
         }
     }

@@ -69,11 +69,11 @@ pub enum Wanted {
 /// Where the chance in sampled tokens comes from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Noise {
-    /// Gumbel noise for all rows; the seed is a function of the request's seed and the step alone.
-    Seed(u64),
     /// One number from 0 to 1 for each wanted row, which picks from the cumulated distribution. Rows that would predict the same
     /// position have the same number, so that drafts never change what a seed gives.
     Uniforms(Vec<f64>),
+    /// Likewise by numbers that this seeds, which is a function of the request's seed and the step alone.
+    Seed(u64),
     /// There is none: these are the tokens, one for each wanted row, however probable they are.
     Given(Vec<u32>),
 }

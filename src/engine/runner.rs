@@ -12,10 +12,10 @@ use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::{Pattern, RowStatistics, Wanted, Window};
 use crate::draft::{Context, Drafters};
 use crate::model::cache::KvCache;
-use crate::model::statistics::{Conditions, Proposal, greedy, is_greedy, statistics};
+use crate::model::statistics::{Conditions, Ledger, Part, Proposal};
 use crate::model::{Layout, ModelError, Segment, Transformer};
 use crate::telemetry::meter::{Meter, Phase};
-use crate::tensor::{Kind, Tensor, kernels};
+use crate::tensor::{Kind, Tensor};
 
 /// Rows of one forward: enough to fill any device with work, few enough for their activations to be small beside the weights.
 const ROWS_MAX: usize = 2048;
@@ -128,31 +128,38 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
         }
         let states = hidden.f_index_select(0, &Tensor::f_from_slice(&rows)?.f_to_device(model.placement().device)?)?;
         let forward = started.elapsed();
-        let mut outcomes = Vec::with_capacity(asks.len());
+        let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
+        let (mut ledger, mut judging) = (Ledger::default(), Duration::ZERO);
+        let mut heads = Vec::with_capacity(asks.len());
         for group in groups(&places, model.config().vocab_size) {
             let (from, count) = (places[group.start].0, rows_of(asks, &places, group.clone()));
             let began = Instant::now();
             let logits = if count > 0 { Some(model.logits(&states.f_narrow(0, from as i64, count as i64)?)?) } else { None };
             let head = began.elapsed();
+            heads.extend(group.clone().map(|index| mine(head, places[index].1 * asks[index].sequences(), count)));
             let began = Instant::now();
-            let chosen = logits.as_ref().map(|logits| choose(&asks[group.clone()], logits)).transpose()?.flatten();
-            let choosing = began.elapsed();
-            for index in group {
-                let (ask, (at, wanted)) = (&asks[index], places[index]);
-                let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
-                let timing = Timing {
-                    forward: mine(forward, ask.rows(), first),
-                    head: mine(head, wanted * ask.sequences(), count),
-                    statistics: mine(choosing, wanted * ask.sequences(), count),
-                };
-                let hidden = states.f_narrow(0, at as i64, wanted as i64)?;
-                let own =
-                    logits.as_ref().map(|logits| logits.f_narrow(0, (at - from) as i64, (wanted * ask.sequences()) as i64));
-                let chosen = chosen.as_ref().map(|chosen| &chosen[at - from..at - from + wanted]);
-                outcomes.push(judge(ask, own.transpose()?, chosen, hidden, timing, asks.len()));
+            if let Some(logits) = &logits {
+                judge(&mut ledger, asks, &places, group, logits)?;
             }
+            judging += began.elapsed();
         }
-        Ok(outcomes)
+        let began = Instant::now();
+        let mut found: Vec<Result<Vec<RowStatistics>, ModelError>> = asks.iter().map(|_| Ok(vec![])).collect();
+        for (index, rows) in ledger.read()? {
+            found[index] = rows;
+        }
+        judging += began.elapsed();
+        let outcome = |(index, found): (usize, Result<Vec<RowStatistics>, ModelError>)| {
+            let (ask, (at, wanted)) = (&asks[index], places[index]);
+            let timing = Timing {
+                forward: mine(forward, ask.rows(), first),
+                head: heads[index],
+                statistics: mine(judging, wanted * ask.sequences(), rows.len()),
+            };
+            let hidden = states.f_narrow(0, at as i64, wanted as i64)?;
+            Ok(Outcome { rows: found?, hidden, timing, forwards: ask.sequences(), beside: asks.len() })
+        };
+        Ok(found.into_iter().enumerate().map(outcome).collect())
     })
 }
 
@@ -172,53 +179,34 @@ fn rows_of(asks: &[Ask], places: &[(usize, usize)], group: Range<usize>) -> usiz
     group.map(|index| places[index].1 * asks[index].sequences()).sum()
 }
 
-/// The best token of each row and its probability, at once for all windows that ask for nothing else and forbid the same.
-fn choose(asks: &[Ask], logits: &Tensor) -> Result<Option<Vec<(u32, f64)>>, ModelError> {
-    let [first, others @ ..] = asks else { return Ok(None) };
-    let sampling = &first.window.sampling;
-    let alike = |ask: &Ask| {
-        let other = &ask.window.sampling;
-        let biases = other.forbidden == sampling.forbidden && other.logit_bias == sampling.logit_bias;
-        ask.window.guidance.is_none() && is_greedy(&ask.conditions()) && biases
-    };
-    match !others.is_empty() && asks.iter().all(alike) {
-        true => Ok(kernels::rows::best(logits, &sampling.forbidden, &sampling.logit_bias)?),
-        false => Ok(None),
-    }
-}
-
-/// Statistics of one window's logits: `[wanted, vocab]`, under guidance those without the prompt behind them; `chosen` are theirs
-/// if they are known already.
+/// Puts the statistics of a group's windows into `ledger`: `logits` are those of the group's rows, and of each window's under guidance
+/// those without the prompt stand behind the others.
 fn judge(
-    ask: &Ask,
-    logits: Option<Tensor>,
-    chosen: Option<&[(u32, f64)]>,
-    hidden: Tensor,
-    mut timing: Timing,
-    beside: usize,
-) -> Result<Outcome, ModelError> {
-    let (window, forwards) = (ask.window, ask.sequences());
-    let Some(mut logits) = logits.filter(|logits| logits.size()[0] > 0) else {
-        return Ok(Outcome { rows: vec![], hidden, timing, forwards, beside });
-    };
-    if let Some(chosen) = chosen {
+    ledger: &mut Ledger,
+    asks: &[Ask],
+    places: &[(usize, usize)],
+    group: Range<usize>,
+    logits: &Tensor,
+) -> Result<(), ModelError> {
+    let from = places[group.start].0;
+    let mut parts = vec![];
+    for index in group {
+        let (ask, (at, wanted)) = (&asks[index], places[index]);
         // A window of fixed width had its filling run as well, which nobody asks about.
-        let asked = if let Wanted::Following(rows) = &window.wanted { &chosen[..rows.len()] } else { chosen };
-        return Ok(Outcome { rows: greedy(asked)?, hidden, timing, forwards, beside });
+        let rows = if let Wanted::Following(rows) = &ask.window.wanted { rows.len() } else { wanted };
+        let part = Part { index, at: at - from, rows, conditions: ask.conditions() };
+        match &ask.window.guidance {
+            Some(guidance) => {
+                let half = |at: usize| logits.f_narrow(0, at as i64, wanted as i64)?.f_to_kind(Kind::Float);
+                let unconditional = half(part.at + wanted)?;
+                let difference = half(part.at)?.f_sub(&unconditional)?;
+                let mixed = unconditional.f_add(&difference.f_mul_scalar(guidance.scale + 1.0)?)?;
+                ledger.add(&mixed, &[Part { at: 0, ..part }])?;
+            }
+            None => parts.push(part),
+        }
     }
-    let began = Instant::now();
-    if let Some(guidance) = &window.guidance {
-        let rows = logits.size()[0] / 2;
-        let unconditional = logits.f_narrow(0, rows, rows)?.f_to_kind(Kind::Float)?;
-        let difference = logits.f_narrow(0, 0, rows)?.f_to_kind(Kind::Float)?.f_sub(&unconditional)?;
-        logits = unconditional.f_add(&difference.f_mul_scalar(guidance.scale + 1.0)?)?;
-    }
-    if let Wanted::Following(rows) = &window.wanted {
-        logits = logits.f_narrow(0, 0, rows.len() as i64)?;
-    }
-    let rows = statistics(&logits, &ask.conditions())?;
-    timing.statistics = began.elapsed();
-    Ok(Outcome { rows, hidden, timing, forwards, beside })
+    ledger.add(logits, &parts)
 }
 
 /// The window's tokens, with filling where it wants a fixed width and rows depend on their neighbours.
