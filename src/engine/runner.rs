@@ -15,7 +15,7 @@ use crate::model::cache::KvCache;
 use crate::model::statistics::{Conditions, Ledger, Part, Proposal};
 use crate::model::{Layout, ModelError, Segment, Transformer};
 use crate::telemetry::meter::{Meter, Phase};
-use crate::tensor::{Kind, Tensor};
+use crate::tensor::{Kind, Tensor, upload};
 
 /// Rows of one forward: enough to fill any device with work, few enough for their activations to be small beside the weights.
 const ROWS_MAX: usize = 2048;
@@ -115,7 +115,6 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
         let started = Instant::now();
         let tokens: Vec<Vec<u32>> = asks.iter().map(|ask| tokens(model, ask.window)).collect();
         let segments: Vec<Segment> = asks.iter().zip(&tokens).flat_map(|(ask, tokens)| segments(model, ask, tokens)).collect();
-        let hidden = model.forward(&segments)?;
         let (mut first, mut rows) = (0, vec![]);
         let mut places = Vec::with_capacity(asks.len());
         for (ask, tokens) in asks.iter().zip(&tokens) {
@@ -126,7 +125,9 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
             }
             first += tokens.len() * ask.sequences();
         }
-        let states = hidden.f_index_select(0, &Tensor::f_from_slice(&rows)?.f_to_device(model.placement().device)?)?;
+        // Before the network: so the copy need not wait for it.
+        let chosen = upload(&rows, model.placement().device)?;
+        let states = model.forward(&segments)?.f_index_select(0, &chosen)?;
         let forward = started.elapsed();
         let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
         let (mut ledger, mut judging) = (Ledger::default(), Duration::ZERO);

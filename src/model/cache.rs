@@ -13,8 +13,8 @@ use crate::tensor::{Kind, Placement, Tensor};
 pub struct KvCache {
     /// `[layers, 2, kv_heads, capacity, head_dim]`: one tensor, so that a path is kept in one selection for all layers.
     data: Tensor,
-    /// Views of `data` for each layer: keys and values, `[kv_heads, capacity, head_dim]`.
-    layers: Vec<(Tensor, Tensor)>,
+    /// Views of `data` for each layer, `[2, kv_heads, capacity, head_dim]`.
+    layers: Vec<Tensor>,
     /// The same for our own kernel; empty where it does not run.
     slots: Vec<Slots>,
     length: usize,
@@ -28,12 +28,11 @@ impl KvCache {
         // libtorch's attention also multiplies what a mask hides, which therefore has to be a number; our kernel never looks there.
         let own = attention::fits(options.0, options.1, config.head_dim);
         let data = if own { Tensor::f_empty(shape, options)? } else { Tensor::f_zeros(shape, options)? };
-        let view = |layer: i64| -> Result<_, ModelError> {
-            let layer = data.f_get(layer)?;
-            Ok((layer.f_get(0)?, layer.f_get(1)?))
-        };
-        let layers: Vec<(Tensor, Tensor)> = (0..config.layers as i64).map(view).collect::<Result<_, ModelError>>()?;
-        let slots = layers.iter().filter_map(|(keys, values)| if own { Slots::of(keys, values) } else { None }).collect();
+        let layers: Vec<Tensor> = (0..config.layers as i64).map(|layer| data.f_get(layer)).collect::<Result<_, _>>()?;
+        let mut slots = vec![];
+        for layer in layers.iter().filter(|_| own) {
+            slots.extend(Slots::of(&layer.f_get(0)?, &layer.f_get(1)?));
+        }
         Ok(Self { data, layers, slots, length: 0 })
     }
 
@@ -61,22 +60,19 @@ impl KvCache {
         self.slots.get(layer)
     }
 
-    /// Writes `key` and `value` (`[1, kv_heads, seq, head_dim]`) of `layer` from position `start` on, and gives the first `visible`
-    /// positions of both. What is kept grows with [`KvCache::keep`] only.
+    /// Writes keys and values of `layer` (`[seq, 2, kv_heads, head_dim]`) from position `start` on, and gives the first `visible`
+    /// positions of both, `[1, kv_heads, visible, head_dim]`. What is kept grows with [`KvCache::keep`] only.
     pub(super) fn write(
         &self,
         layer: usize,
         start: usize,
-        key: &Tensor,
-        value: &Tensor,
+        new: &Tensor,
         visible: usize,
     ) -> Result<(Tensor, Tensor), ModelError> {
-        let (keys, values) = &self.layers[layer];
-        let (start, count) = (start as i64, key.size()[2]);
-        keys.f_narrow(1, start, count)?.f_copy_(&key.f_squeeze_dim(0)?)?;
-        values.f_narrow(1, start, count)?.f_copy_(&value.f_squeeze_dim(0)?)?;
-        let seen = |all: &Tensor| all.f_narrow(1, 0, visible as i64)?.f_unsqueeze(0);
-        Ok((seen(keys)?, seen(values)?))
+        let layer = &self.layers[layer];
+        layer.f_narrow(2, start as i64, new.size()[0])?.f_copy_(&new.f_permute([1, 2, 0, 3])?)?;
+        let seen = |which: i64| layer.f_narrow(0, which, 1)?.f_narrow(2, 0, visible as i64);
+        Ok((seen(0)?, seen(1)?))
     }
 
     /// Of the tokens that the last forward wrote, keeps those with these indices, in this order; the others are forgotten.

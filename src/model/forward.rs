@@ -6,12 +6,12 @@
 
 use std::ops::Range;
 
+use super::attend::{Share, View, view};
 use super::cache::KvCache;
 use super::family::Attention;
-use super::rotary::rotate;
 use super::{Layer, ModelError, Transformer};
 use crate::tensor::kernels::attention::{self as kernel, Seen};
-use crate::tensor::{Kind, Tensor};
+use crate::tensor::{Kind, Tensor, upload};
 
 /// How the tokens of a [`Segment`] stand to one another and to what its cache holds.
 #[derive(Clone, Copy, Debug)]
@@ -46,12 +46,12 @@ struct Plan<'a> {
     start: usize,
     visible: usize,
     seen: Sight<'a>,
-    /// For libtorch, `[groups · rows, visible]`; `None` where every row sees all that is visible.
-    mask: Option<Tensor>,
+    /// Shapes are to be the same whatever is asked.
+    canonical: bool,
     scratch: Option<kernel::Slots>,
 }
 
-enum Sight<'a> {
+pub(super) enum Sight<'a> {
     /// Each row sees so many positions from the left.
     First(Vec<usize>),
     Ancestors(&'a [usize]),
@@ -69,7 +69,11 @@ impl Transformer {
 
     /// Every operation once, for all segments.
     pub(super) fn forward_together(&self, segments: &[Segment]) -> Result<Tensor, ModelError> {
-        let own = self.rows_are_independent();
+        self.forward_by(segments, self.rows_are_independent())
+    }
+
+    /// Attention by our own kernel, or by libtorch.
+    pub(super) fn forward_by(&self, segments: &[Segment], own: bool) -> Result<Tensor, ModelError> {
         let (mut tokens, mut positions, mut plans) = (vec![], vec![], Vec::with_capacity(segments.len()));
         for segment in segments {
             let plan = self.plan(segment, tokens.len(), own, &mut positions)?;
@@ -79,18 +83,77 @@ impl Transformer {
         if let Some(id) = tokens.iter().copied().find(|id| *id >= self.config.vocab_size as i64) {
             return Err(ModelError::TokenOutOfRange { id, vocab_size: self.config.vocab_size });
         }
-        let kind = if own { Kind::Float } else { self.placement.dtype.kind() };
-        let angles = self.rotary.at(&positions, kind)?;
-        let tokens = Tensor::f_from_slice(&tokens)?.f_to_device(self.placement.device)?;
-        let mix = |index: usize, layer: &Layer, qkv: &Tensor| {
-            if own {
-                return self.attend_few(index, layer, qkv, &angles, &plans);
+        if own {
+            let angles = self.rotary.at(&positions, Kind::Float)?;
+            let tokens = Tensor::f_from_slice(&tokens)?;
+            return self.through(&tokens, |index, layer, qkv| self.attend_few(index, layer, qkv, &angles, &plans));
+        }
+        let (tokens, angles, shares) = self.ready(tokens, &positions, &plans)?;
+        self.through(&tokens, |index, layer, qkv| self.attend(index, layer, qkv, &angles, &shares))
+    }
+
+    /// The layers over `tokens: [rows]`, replayed where they have been recorded.
+    fn through(
+        &self,
+        tokens: &Tensor,
+        mix: impl Fn(usize, &Layer, &Tensor) -> Result<Tensor, ModelError> + Copy,
+    ) -> Result<Tensor, ModelError> {
+        let replayed = self.graphs.as_ref().map(|graphs| graphs.stack(self, tokens, mix)).transpose()?.flatten();
+        replayed.map_or_else(|| self.stack(tokens, mix), Ok)
+    }
+
+    /// Brings tokens, positions and what rows see to the device in one copy: tokens, angles, and which rows attend together.
+    fn ready<'a>(
+        &self,
+        tokens: Vec<i64>,
+        positions: &[usize],
+        plans: &[Plan<'a>],
+    ) -> Result<(Tensor, (Tensor, Tensor), Vec<Share<'a>>), ModelError> {
+        let rows = tokens.len() as i64;
+        let mut numbers = tokens;
+        numbers.extend(positions.iter().map(|position| *position as i64));
+        let views: Vec<(Option<View>, i64)> = plans.iter().map(|plan| self.view(plan, &mut numbers)).collect();
+        let numbers = upload(&numbers, self.placement.device)?;
+        let mut shares: Vec<Share> = vec![];
+        for (plan, (view, at)) in plans.iter().zip(views) {
+            let length = plan.rows.len() as i64;
+            let view = match (view, &plan.seen) {
+                (Some(view), _) => view,
+                (None, Sight::First(_)) => View::Masked(self.mask_of_first(&numbers.f_narrow(0, at, length)?, plan.visible)?),
+                (None, Sight::Ancestors(_)) => {
+                    let ancestors = numbers.f_narrow(0, at, length * length)?.f_view([length, length])?;
+                    View::Masked(self.mask_of_tree(&ancestors, plan.start)?)
+                }
+            };
+            let cache = plan.cache.map(|cache| (cache, plan.start));
+            let share =
+                Share { first: plan.rows.start, length: plan.rows.len(), sequences: 1, cache, visible: plan.visible, view };
+            if !shares.last_mut().is_some_and(|last| last.absorbs(&share)) {
+                shares.push(share);
             }
-            let mixed = plans.iter().map(|plan| self.attend_segment(index, layer, qkv, &angles, plan));
-            Ok(Tensor::f_cat(&mixed.collect::<Result<Vec<_>, _>>()?, 0)?)
-        };
-        let replayed = self.graphs.as_ref().map(|graphs| graphs.stack(self, &tokens, mix)).transpose()?.flatten();
-        replayed.map_or_else(|| self.stack(&tokens, mix), Ok)
+        }
+        let angles = self.rotary.turning(&numbers.f_narrow(0, rows, rows)?, self.placement.dtype.kind())?;
+        Ok((numbers.f_narrow(0, 0, rows)?, angles, shares))
+    }
+
+    /// How a segment's rows see; if that takes a mask, `None` and where in `numbers` stands what it is made of.
+    fn view(&self, plan: &Plan, numbers: &mut Vec<i64>) -> (Option<View>, i64) {
+        let (at, rows) = (numbers.len() as i64, plan.rows.len());
+        match view(&plan.seen, plan.visible).filter(|_| !plan.canonical) {
+            Some(View::Causal) if !self.causal_is_plain(rows, plan.visible) => {}
+            Some(view) => return (Some(view), at),
+            None => {}
+        }
+        match &plan.seen {
+            Sight::First(sees) => numbers.extend(sees.iter().map(|sees| *sees as i64)),
+            Sight::Ancestors(parents) => {
+                numbers.resize(numbers.len() + rows * rows, 0);
+                let bits = &mut numbers[at as usize..];
+                (0..rows)
+                    .for_each(|row| kernel::lineage(parents, row).into_iter().for_each(|node| bits[row * rows + node] = 1));
+            }
+        }
+        (None, at)
     }
 
     /// Whether a row's numbers are the same to the bit whatever rows are computed beside it.
@@ -156,7 +219,6 @@ impl Transformer {
         if segment.cache.is_none() && !matches!(segment.layout, Layout::Whole(_)) {
             return Err(ModelError::Torch("tokens that follow a cache were run without one".into()));
         }
-        let mask = if own { None } else { self.mask(&seen, start, length, visible)? };
         let scratch = match segment.cache {
             None if own => {
                 let shape = [2, self.config.kv_heads, length, self.config.head_dim].map(|n| n as i64);
@@ -165,28 +227,8 @@ impl Transformer {
             }
             _ => None,
         };
-        Ok(Plan { cache: segment.cache, rows: first..first + length, start, visible, seen, mask, scratch })
-    }
-
-    /// `[groups · rows, columns]`, true where a row sees a column, once for each query head that shares a key head; `None` where
-    /// every row sees everything.
-    fn mask(&self, seen: &Sight, start: usize, rows: usize, columns: usize) -> Result<Option<Tensor>, ModelError> {
-        let bits: Vec<bool> = match seen {
-            Sight::First(sees) if sees.iter().all(|sees| *sees == columns) => return Ok(None),
-            Sight::First(sees) => sees.iter().flat_map(|sees| (0..columns).map(move |column| column < *sees)).collect(),
-            Sight::Ancestors(parents) => {
-                let mut bits = vec![false; rows * columns];
-                for row in 0..rows {
-                    let line = &mut bits[row * columns..(row + 1) * columns];
-                    line[..start].fill(true);
-                    kernel::lineage(parents, row).into_iter().for_each(|node| line[start + node] = true);
-                }
-                bits
-            }
-        };
-        let groups = self.config.heads / self.config.kv_heads;
-        let mask = Tensor::f_from_slice(&bits)?.f_view([rows as i64, columns as i64])?.f_to_device(self.placement.device)?;
-        Ok(Some(if groups == 1 { mask } else { mask.f_repeat([groups as i64, 1])? }))
+        let canonical = matches!(segment.layout, Layout::Canonical(_));
+        Ok(Plan { cache: segment.cache, rows: first..first + length, start, visible, seen, canonical, scratch })
     }
 
     /// Attention of all segments by our own kernel: one launch.
@@ -225,37 +267,6 @@ impl Transformer {
             Some(mixed) => Ok(mixed),
             None => Err(ModelError::Torch("a forward was given tensors that its attention kernel does not take".into())),
         }
-    }
-
-    /// Attention of one segment by libtorch, `[rows, heads · dim]`.
-    fn attend_segment(
-        &self,
-        index: usize,
-        layer: &Layer,
-        qkv: &Tensor,
-        (cos, sin): &(Tensor, Tensor),
-        plan: &Plan,
-    ) -> Result<Tensor, ModelError> {
-        let c = &self.config;
-        let (heads, kv_heads, dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
-        let (first, length) = (plan.rows.start as i64, plan.rows.len() as i64);
-        let qkv = qkv.f_narrow(0, first, length)?.f_view([1, length, heads + 2 * kv_heads, dim])?;
-        let angles = (cos.f_narrow(0, first, length)?, sin.f_narrow(0, first, length)?);
-        let query_key = rotate(&self.query_key(layer, &qkv)?, &angles)?;
-        let query = query_key.f_narrow(2, 0, heads)?.f_transpose(1, 2)?;
-        let key = query_key.f_narrow(2, heads, kv_heads)?.f_transpose(1, 2)?;
-        let value = qkv.f_narrow(2, heads + kv_heads, kv_heads)?.f_transpose(1, 2)?;
-        let (key, value) = match plan.cache {
-            Some(cache) => cache.write(index, plan.start, &key, &value, plan.visible)?,
-            None => (key, value),
-        };
-        // Copying all cached keys for every query head that shares them would cost more than the attention itself: the heads of a
-        // group become further rows of the one key head.
-        let query = query.f_reshape([1, kv_heads, heads / kv_heads * length, dim])?;
-        let mask = plan.mask.as_ref();
-        let mixed = Tensor::f_scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None::<f64>, false)?;
-        let mixed = mixed.f_view([heads, length, dim])?;
-        Ok(mixed.f_transpose(0, 1)?.f_reshape([length, heads * dim])?)
     }
 }
 

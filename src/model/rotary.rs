@@ -8,6 +8,8 @@ use crate::tensor::{Device, Kind, Tensor};
 pub struct Rotary {
     cos: Tensor,
     sin: Tensor,
+    /// `sin` with its first half negated: x · cos + (x with its halves swapped) · turned is x rotated, in three operations.
+    turned: Tensor,
 }
 
 impl Rotary {
@@ -22,8 +24,9 @@ impl Rotary {
         let frequencies = Tensor::f_from_slice(&frequencies)?;
         let positions = Tensor::f_arange(positions as i64, (Kind::Float, Device::Cpu))?;
         let angles = positions.f_unsqueeze(1)?.f_mul(&frequencies.f_unsqueeze(0)?)?;
-        let angles = Tensor::f_cat(&[&angles, &angles], -1)?;
-        Ok(Self { cos: angles.f_cos()?.f_to_device(device)?, sin: angles.f_sin()?.f_to_device(device)? })
+        let (cos, sin) = (angles.f_cos()?, angles.f_sin()?);
+        let table = |left: &Tensor, right: &Tensor| Tensor::f_cat(&[left, right], -1)?.f_to_device(device);
+        Ok(Self { cos: table(&cos, &cos)?, sin: table(&sin, &sin)?, turned: table(&sin.f_neg()?, &sin)? })
     }
 
     /// Positions that the tables hold.
@@ -46,9 +49,17 @@ impl Rotary {
             return Err(ModelError::TooLong { length: last + 1, limit: self.positions() });
         }
         let index: Vec<i64> = positions.iter().map(|position| *position as i64).collect();
-        let index = Tensor::f_from_slice(&index)?.f_to_device(self.cos.device())?;
-        let pick = |table: &Tensor| table.f_index_select(0, &index)?.f_unsqueeze(1)?.f_to_kind(kind);
-        Ok((pick(&self.cos)?, pick(&self.sin)?))
+        self.pick(&Tensor::f_from_slice(&index)?.f_to_device(self.cos.device())?, &self.sin, kind)
+    }
+
+    /// Cosines of `positions: [seq]`, which are on the tables' device and within them, and sines with the first half negated.
+    pub fn turning(&self, positions: &Tensor, kind: Kind) -> Result<(Tensor, Tensor), ModelError> {
+        self.pick(positions, &self.turned, kind)
+    }
+
+    fn pick(&self, index: &Tensor, sines: &Tensor, kind: Kind) -> Result<(Tensor, Tensor), ModelError> {
+        let pick = |table: &Tensor| table.f_index_select(0, index)?.f_unsqueeze(1)?.f_to_kind(kind);
+        Ok((pick(&self.cos)?, pick(sines)?))
     }
 }
 

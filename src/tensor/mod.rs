@@ -5,6 +5,7 @@
 
 mod cuda;
 mod device;
+pub mod flash;
 pub mod kernels;
 mod memory;
 
@@ -89,6 +90,13 @@ pub fn seeded(seed: u64) -> MutexGuard<'static, ()> {
     let generator = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     tch::manual_seed(seed as i64);
     generator
+}
+
+/// Numbers on a device, without waiting for what it is busy with.
+pub fn upload<T: tch::kind::Element>(numbers: &[T], device: Device) -> Result<Tensor, TchError> {
+    let here = Tensor::f_from_slice(numbers)?;
+    // Nothing is copied where it is here already. CUDA has taken ordinary memory over by the time the call comes back.
+    here.f_to_device_(device, here.kind(), true, false)
 }
 
 /// Sets how many threads one operation may use; 0 leaves libtorch's choice (one per core).

@@ -76,7 +76,7 @@ impl Drawn<'_> {
             out.into_iter().for_each(|place| self.set(place, f32::NEG_INFINITY));
         }
         if let Some(top_k) = sampling.top_k.filter(|top_k| (*top_k as usize) < self.logits.len()) {
-            least = least.max(largest(self.logits, *slope, top_k as usize));
+            least = least.max(largest(self.logits, top_k as usize));
         }
         if let Some(min_p) = sampling.min_p {
             least = least.max(slope.best + min_p.ln() as f32 / slope.scale);
@@ -109,7 +109,7 @@ fn judge(logits: &mut [f32], slope: Slope, best: usize, token: usize, sampling: 
 
 /// The largest logits' tokens, the largest first, and the logarithms of their weights.
 fn top(logits: &[f32], slope: Slope, count: usize) -> Vec<(u32, f64)> {
-    let least = largest(logits, slope, count);
+    let least = largest(logits, count);
     let mut top: Vec<(u32, f32)> =
         (0..).zip(logits.iter().copied()).filter(|(_, logit): &(u32, f32)| *logit >= least).collect();
     top.sort_unstable_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));

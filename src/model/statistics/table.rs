@@ -5,7 +5,7 @@
 
 use super::{History, ModelError, Pick, Proposal};
 use crate::decode::{Penalties, RowStatistics, Sampling};
-use crate::tensor::{Device, Kind, Tensor};
+use crate::tensor::{Device, Kind, Tensor, upload};
 
 /// Logits worked on at a time on the CPU: two rows of the largest vocabularies (one for each thread of a small machine), 1.25 MiB in
 /// f32, about what second-level caches hold. One row at a time took twice as long, chunks of 4 MiB 1.2 times (docs/LOG.md).
@@ -83,11 +83,11 @@ impl Indices {
     fn new(sampling: &Sampling, device: Device) -> Result<Self, ModelError> {
         let index = |ids: &[u32]| -> Result<Option<Tensor>, ModelError> {
             let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
-            Ok(if ids.is_empty() { None } else { Some(Tensor::f_from_slice(&ids)?.f_to_device(device)?) })
+            Ok(if ids.is_empty() { None } else { Some(upload(&ids, device)?) })
         };
         let (ids, biases): (Vec<u32>, Vec<f32>) = sampling.logit_bias.iter().copied().unzip();
         let biases = match index(&ids)? {
-            Some(ids) => Some((ids, Tensor::f_from_slice(&biases)?.f_to_device(device)?)),
+            Some(ids) => Some((ids, upload(&biases, device)?)),
             None => None,
         };
         Ok(Self { biases, forbidden: index(&sampling.forbidden)?, unconfident: index(&sampling.unconfident)? })
@@ -138,7 +138,7 @@ fn choose(logits: &Tensor, picks: &[Pick], first: usize, proposal: Option<&Propo
         }
     }
     match (tokens.is_empty(), uniforms.is_empty()) {
-        (false, _) => Ok(Tensor::f_from_slice(&tokens)?.f_view([-1, 1])?.f_to_device(logits.device())?),
+        (false, _) => Ok(upload(&tokens, logits.device())?.f_view([-1, 1])?),
         (_, false) => draw(logits, &uniforms, first, proposal),
         _ => Ok(logits.f_argmax(-1, true)?),
     }
@@ -186,9 +186,7 @@ fn sums(rows: &Tensor) -> Result<Tensor, ModelError> {
 /// probability min(1, p(x) / q(x)); else the row's number picks from relu(p − q). The result is distributed as p either way.
 fn draw(logits: &Tensor, uniforms: &[f64], first: usize, proposal: Option<&Proposal>) -> Result<Tensor, ModelError> {
     let device = logits.device();
-    let column = |numbers: &[f64]| -> Result<Tensor, ModelError> {
-        Ok(Tensor::f_from_slice(numbers)?.f_view([-1, 1])?.f_to_device(device)?)
-    };
+    let column = |numbers: &[f64]| -> Result<Tensor, ModelError> { Ok(upload(numbers, device)?.f_view([-1, 1])?) };
     let mut weights = logits.f_softmax(-1, Kind::Double)?;
     let judged = proposal.map_or(0, |proposal| proposal.tokens.len().saturating_sub(first).min(uniforms.len()));
     let mut accepted = None;
@@ -196,7 +194,7 @@ fn draw(logits: &Tensor, uniforms: &[f64], first: usize, proposal: Option<&Propo
         let q = proposal.probabilities.f_narrow(0, first as i64, judged as i64)?.f_to_kind(Kind::Double)?;
         let p = weights.f_narrow(0, 0, judged as i64)?;
         let tokens: Vec<i64> = proposal.tokens[first..first + judged].iter().map(|id| i64::from(*id)).collect();
-        let tokens = Tensor::f_from_slice(&tokens)?.f_view([-1, 1])?.f_to_device(device)?;
+        let tokens = upload(&tokens, device)?.f_view([-1, 1])?;
         let coins = column(&proposal.uniforms[first..first + judged])?;
         let right = coins.f_mul(&q.f_gather(1, &tokens, false)?)?.f_lt_tensor(&p.f_gather(1, &tokens, false)?)?;
         let residual = p.f_sub(&q)?.f_clamp_min(0.0)?;
@@ -231,8 +229,8 @@ fn penalise(logits: &Tensor, histories: &[&[History]], penalties: &Penalties) ->
     if places.is_empty() {
         return Ok(logits.shallow_clone());
     }
-    let index = Tensor::f_from_slice(&places)?.f_to_device(logits.device())?;
-    let taken = Tensor::f_from_slice(&taken)?.f_to_device(logits.device())?;
+    let index = upload(&places, logits.device())?;
+    let taken = upload(&taken, logits.device())?;
     let flat = logits.f_detach_copy()?.f_view(-1)?;
     let old = flat.f_index_select(0, &index)?;
     let scaled =

@@ -14,6 +14,8 @@ use crate::tensor::{Kind, Tensor};
 const PARALLEL_FROM: usize = 1 << 13;
 /// Numbers whose exponentials are summed in f32; sums of these are summed in f64.
 const BLOCK: usize = 64 * LANES;
+/// Numbers of which the largest is looked up first.
+const GROUP: usize = 8 * LANES;
 /// Intervals that numbers are sorted into by how far they lie below the best one, and how many of them make one unit: e^-104 is
 /// the last exponential that f32 knows. The last interval holds whatever lies lower.
 const INTERVALS: usize = 104 * 32;
@@ -106,15 +108,20 @@ struct Peak<'a> {
 impl Kernel for Peak<'_> {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, _: usize, _: usize) {
-        let (lines, rest) = self.numbers.as_chunks::<LANES>();
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        for line in lines {
-            for (best, number) in lanes.iter_mut().zip(line) {
-                *best = if *number > *best { *number } else { *best };
-            }
-        }
-        self.best.set(lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max));
+        self.best.set(most(self.numbers));
     }
+}
+
+#[inline(always)]
+fn most(numbers: &[f32]) -> f32 {
+    let (lines, rest) = numbers.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for line in lines {
+        for (best, number) in lanes.iter_mut().zip(line) {
+            *best = if *number > *best { *number } else { *best };
+        }
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// How numbers become weights: e^((number − best) · scale), and nothing for those below `least`.
@@ -243,7 +250,7 @@ pub struct Limit {
 
 /// The fewest of the heaviest numbers that together weigh more than `share` of all.
 pub fn heaviest(numbers: &[f32], slope: Slope, share: f64) -> Limit {
-    let intervals = histogram(numbers, slope, true);
+    let intervals = histogram(numbers, slope);
     let limit = share * intervals.iter().sum::<f64>();
     let mut before = 0.0;
     let crossing = intervals.iter().position(|weight| {
@@ -266,23 +273,42 @@ pub fn heaviest(numbers: &[f32], slope: Slope, share: f64) -> Limit {
 }
 
 /// The `count`-th largest of the numbers, or the least of all where there are fewer.
-pub fn largest(numbers: &[f32], slope: Slope, count: usize) -> f32 {
+pub fn largest(numbers: &[f32], count: usize) -> f32 {
     let count = count.clamp(1, numbers.len());
-    let mut before = 0;
-    for (interval, members_of) in histogram(numbers, slope, false).iter().enumerate() {
-        let here = *members_of as usize;
-        if before + here >= count {
-            let mut members: Vec<f32> = members(numbers, slope, interval).into_iter().map(|(_, number)| number).collect();
-            return *members.select_nth_unstable_by(count - before - 1, |a, b| b.total_cmp(a)).1;
-        }
-        before += here;
+    let nth = |mut numbers: Vec<f32>| *numbers.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a)).1;
+    let maxima = maxima(numbers);
+    if maxima.len() < count {
+        return nth(numbers.to_vec());
     }
-    f32::NEG_INFINITY
+    // So many groups have a number as large as this: the one looked for is not less.
+    let bound = nth(maxima.clone());
+    let groups = numbers.chunks(GROUP).zip(&maxima).filter(|(_, most)| **most >= bound);
+    nth(groups.flat_map(|(group, _)| group.iter().copied().filter(|number| *number >= bound)).collect())
 }
 
-/// Weights, or how many there are, of the numbers of each interval.
-fn histogram(numbers: &[f32], slope: Slope, weights: bool) -> Vec<f64> {
-    let histogram = Histogram { numbers, slope, weights, intervals: RefCell::new(vec![0.0; INTERVALS]) };
+/// The largest number of each [`GROUP`].
+fn maxima(numbers: &[f32]) -> Vec<f32> {
+    let maxima = Maxima { numbers, found: RefCell::new(Vec::with_capacity(numbers.len().div_ceil(GROUP))) };
+    // SAFETY: the kernel reads the slice alone.
+    unsafe { launch(&maxima, false) };
+    maxima.found.into_inner()
+}
+
+struct Maxima<'a> {
+    numbers: &'a [f32],
+    found: RefCell<Vec<f32>>,
+}
+
+impl Kernel for Maxima<'_> {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, _: usize, _: usize) {
+        self.found.borrow_mut().extend(self.numbers.chunks(GROUP).map(|group| most(group)));
+    }
+}
+
+/// What the numbers of each interval weigh.
+fn histogram(numbers: &[f32], slope: Slope) -> Vec<f64> {
+    let histogram = Histogram { numbers, slope, intervals: RefCell::new(vec![0.0; INTERVALS]) };
     // SAFETY: the kernel reads the slice alone.
     unsafe { launch(&histogram, false) };
     histogram.intervals.into_inner()
@@ -291,7 +317,6 @@ fn histogram(numbers: &[f32], slope: Slope, weights: bool) -> Vec<f64> {
 struct Histogram<'a> {
     numbers: &'a [f32],
     slope: Slope,
-    weights: bool,
     intervals: RefCell<Vec<f64>>,
 }
 
@@ -299,15 +324,13 @@ impl Kernel for Histogram<'_> {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, _: usize, _: usize) {
         let intervals = &mut *self.intervals.borrow_mut();
-        let (mut weights, mut places) = ([1f32; LANES], [0u32; LANES]);
+        let (mut weights, mut places) = ([0f32; LANES], [0u32; LANES]);
         for line in self.numbers.chunks(LANES) {
             for (place, number) in places.iter_mut().zip(line) {
                 *place = self.slope.interval(*number);
             }
-            if self.weights {
-                for (weight, number) in weights.iter_mut().zip(line) {
-                    *weight = self.slope.weight(*number);
-                }
+            for (weight, number) in weights.iter_mut().zip(line) {
+                *weight = self.slope.weight(*number);
             }
             for (place, weight) in places.iter().zip(&weights).take(line.len()) {
                 intervals[*place as usize] += f64::from(*weight);
@@ -376,7 +399,7 @@ mod tests {
             let mut order: Vec<usize> = (0..numbers.len()).collect();
             order.sort_by(|a, b| numbers[*b].total_cmp(&numbers[*a]).then(a.cmp(b)));
             for count in [1, 2, 50, 1000, 3001, 9999] {
-                assert_eq!(largest(&numbers, slope, count), numbers[order[count.min(3001) - 1]], "{count} of {spread}");
+                assert_eq!(largest(&numbers, count), numbers[order[count.min(3001) - 1]], "{count} of {spread}");
             }
             let total = weigh(&numbers, slope).total;
             for share in [1e-6, 0.1, 0.5, 0.95, 0.999] {
