@@ -7,6 +7,7 @@
 pub mod chat;
 pub mod config;
 pub mod gguf;
+pub mod quantization;
 pub mod tokenizer;
 pub mod weights;
 
@@ -21,6 +22,7 @@ use crate::model::{ModelError, TensorSpec, Transformer, manifest};
 use crate::tensor::{Placement, TchError};
 use chat::ChatTemplate;
 use config::{GenerationConfig, ModelConfig};
+use quantization::Quantization;
 use tokenizer::Tokenizer;
 use weights::{WeightFiles, WeightSource};
 
@@ -86,9 +88,11 @@ impl Checkpoint {
         let json = config::read_json(&folder.join("config.json"))?;
         let config = ModelConfig::from_json(&json)
             .map_err(|reason| CheckpointError::Config { path: folder.join("config.json"), reason })?;
+        let quantization = Quantization::from_json(&json, &config)
+            .map_err(|reason| CheckpointError::Config { path: folder.join("config.json"), reason })?;
         let generation = GenerationConfig::read(folder, &json)?;
         let tokenizer = Tokenizer::open(folder)?;
-        let files = WeightFiles::open(folder)?;
+        let files = WeightFiles::open(folder)?.quantized(quantization);
         let mask_token_id = mask_token_id(&config, &tokenizer);
         Ok(Self { path: folder.into(), config, generation, tokenizer, files, mask_token_id })
     }

@@ -14,6 +14,8 @@ use safetensors::{Dtype as StoredType, SafeTensors};
 use super::CheckpointError;
 use super::gguf::blocks::Block;
 use super::gguf::reader::Info;
+use super::quantization::{Part, Quantization, tensors};
+use crate::model::quantized::Matrix;
 use crate::model::{Source, TensorSpec};
 use crate::tensor::{Dtype, Kind, Placement, Tensor};
 
@@ -40,6 +42,8 @@ struct Entry {
 pub struct WeightFiles {
     files: Vec<(PathBuf, Mmap)>,
     entries: BTreeMap<String, Entry>,
+    /// Which matrices are stored in fewer bits, if any.
+    quantization: Option<Quantization>,
 }
 
 impl WeightFiles {
@@ -82,7 +86,7 @@ impl WeightFiles {
                 reason: format!("no shard holds tensor {name}, which it lists"),
             });
         }
-        Ok(Self { files, entries })
+        Ok(Self { files, entries, quantization: None })
     }
 
     /// The tensors of a mapped GGUF file: name, place, and how many heads' rows are interleaved, if they are.
@@ -103,32 +107,50 @@ impl WeightFiles {
                 return Err(format!("two tensors mean {name}"));
             }
         }
-        Ok(Self { files: vec![(path.into(), map)], entries })
+        Ok(Self { files: vec![(path.into(), map)], entries, quantization: None })
+    }
+
+    /// The same files, whose matrices are stored as `quantization` says.
+    pub fn quantized(self, quantization: Option<Quantization>) -> Self {
+        Self { quantization, ..self }
+    }
+
+    pub fn quantization(&self) -> Option<&Quantization> {
+        self.quantization.as_ref()
     }
 
     /// What stands between these files and the network that `needed` describes; empty when nothing does.
     pub fn check(&self, needed: &[TensorSpec]) -> Vec<String> {
         let mut problems = Vec::new();
         let mut names = BTreeSet::new();
-        for spec in needed {
-            names.insert(spec.name.as_str());
-            match self.entries.get(&spec.name) {
-                None => problems.push(format!("tensor {} is missing", spec.name)),
-                Some(entry) if entry.shape != spec.shape => {
-                    problems.push(format!("tensor {} has shape {:?}, not {:?}", spec.name, entry.shape, spec.shape));
+        for part in needed.iter().flat_map(|spec| self.parts(spec)) {
+            let stored = self.entries.get(&part.name);
+            match stored {
+                None => problems.push(format!("tensor {} is missing", part.name)),
+                Some(entry) if !part.shapes.contains(&entry.shape) => {
+                    problems.push(format!("tensor {} has shape {:?}, not {:?}", part.name, entry.shape, part.shapes[0]));
                 }
-                Some(Entry { stored: Stored::Plain(stored), .. }) if !types(&spec.name).contains(stored) => {
-                    let read: Vec<_> = types(&spec.name).iter().map(|stored| format!("{stored:?}").to_lowercase()).collect();
-                    problems.push(format!("tensor {} is of type {stored:?}: {} can be read", spec.name, read.join(", ")));
+                Some(Entry { stored: Stored::Plain(stored), .. }) if !part.types.contains(stored) => {
+                    let read: Vec<_> = part.types.iter().map(|stored| format!("{stored:?}").to_lowercase()).collect();
+                    problems.push(format!("tensor {} is of type {stored:?}: {} can be read", part.name, read.join(", ")));
                 }
                 Some(_) => {}
             }
+            names.insert(part.name);
         }
         // Old checkpoints carry rotary tables, and tied ones sometimes a copy of the embedding; both are derived, not weights.
         let derived = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == "lm_head.weight";
-        let extra = self.entries.keys().filter(|name| !names.contains(name.as_str()) && !derived(name));
+        let extra = self.entries.keys().filter(|name| !names.contains(*name) && !derived(name));
         problems.extend(extra.map(|name| format!("tensor {name} is unexpected")));
         problems
+    }
+
+    /// The tensors that hold what `spec` describes.
+    fn parts(&self, spec: &TensorSpec) -> Vec<Part> {
+        match self.quantization.as_ref().and_then(|quantization| quantization.form(&spec.name)) {
+            Some(form) => form.parts(spec),
+            None => vec![Part { name: spec.name.clone(), shapes: vec![spec.shape.clone()], types: types(&spec.name) }],
+        }
     }
 
     /// Bytes of all tensors as stored.
@@ -197,6 +219,18 @@ impl WeightFiles {
         }
         Ok(loaded)
     }
+
+    /// A matrix as it is stored: in codes and scales, which are checked, or loaded as a tensor is.
+    pub fn matrix(&self, spec: &TensorSpec, placement: Placement) -> Result<Matrix, CheckpointError> {
+        let Some(form) = self.quantization.as_ref().and_then(|quantization| quantization.form(&spec.name)) else {
+            return self.load(&spec.name, placement).map(Matrix::Plain);
+        };
+        let stored = form.parts(spec).iter().map(|part| self.stored(&part.name)).collect::<Result<Vec<_>, _>>()?;
+        let mut matrix = tensors::read(spec, form, &stored).map_err(|problem| CheckpointError::Problems(vec![problem]))?;
+        matrix.codes = matrix.codes.f_to_device(placement.device)?;
+        matrix.scales = matrix.scales.f_to_device(placement.device)?;
+        Ok(Matrix::Quantized(matrix))
+    }
 }
 
 /// A checkpoint as the source of a network's tensors.
@@ -214,6 +248,12 @@ impl Source for WeightSource<'_> {
         let tensor = self.files.load(&spec.name, self.placement)?;
         (self.loaded)(spec);
         Ok(tensor)
+    }
+
+    fn matrix(&mut self, spec: &TensorSpec) -> Result<Matrix, CheckpointError> {
+        let matrix = self.files.matrix(spec, self.placement)?;
+        (self.loaded)(spec);
+        Ok(matrix)
     }
 }
 
@@ -290,6 +330,9 @@ fn kind(stored: StoredType) -> Option<Kind> {
         StoredType::F32 => Some(Kind::Float),
         StoredType::F16 => Some(Kind::Half),
         StoredType::BF16 => Some(Kind::BFloat16),
+        StoredType::I8 => Some(Kind::Int8),
+        StoredType::I32 => Some(Kind::Int),
+        StoredType::F8_E4M3 => Some(Kind::Float8e4m3fn),
         _ => None,
     }
 }

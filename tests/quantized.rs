@@ -1,0 +1,282 @@
+//! Quantised checkpoints: those that other tools wrote mean here what they mean there (tests/reference/make_quantized.py), broken ones
+//! are refused by name, and `lacuna quantize` writes such folders.
+
+use std::path::Path;
+
+use lacuna::checkpoint::config::ModelConfig;
+use lacuna::checkpoint::quantization::{Quantization, projections};
+use lacuna::checkpoint::weights::{WeightFiles, WeightSource};
+use lacuna::model::quantized::{Activations, Codes, Matrix, Quantized, Scheme, Sharing};
+use lacuna::model::{TensorSpec, Transformer, manifest};
+use lacuna::tensor::{Kind, Placement, Tensor};
+use serde_json::{Value, json};
+
+#[path = "common/mod.rs"]
+mod common;
+use common::{fixture, relative_error, tensors};
+
+const FOLDERS: [&str; 8] = ["int8", "int8-weights", "int4", "int4-rows", "fp8", "fp8-tensor", "fp8-blocks", "deepseek"];
+
+fn json_of(folder: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+}
+
+/// A fixture with its config changed. Tests say what they want of the weights through `weights_only`.
+fn open(folder: &Path, change: impl FnOnce(&mut Value)) -> Result<(ModelConfig, WeightFiles), String> {
+    let mut json = json_of(folder);
+    change(&mut json);
+    let config = ModelConfig::from_json(&json)?;
+    let quantization = Quantization::from_json(&json, &config)?;
+    Ok((config, WeightFiles::open(folder).unwrap().quantized(quantization)))
+}
+
+fn network(config: &ModelConfig, files: &WeightFiles) -> Result<Transformer, String> {
+    lacuna::tensor::set_threads(1);
+    let problems = files.check(&manifest(config));
+    if !problems.is_empty() {
+        return Err(problems.join("; "));
+    }
+    let mut source = WeightSource { files, placement: Placement::CPU_F32, loaded: &mut |_| {} };
+    Transformer::new(config, Placement::CPU_F32, 64, &mut source).map_err(|error| error.to_string())
+}
+
+fn logits(model: &Transformer, ids: &Tensor) -> Tensor {
+    tch::no_grad(|| model.logits(&model.hidden(ids, model.config().attention).unwrap()).unwrap())
+}
+
+/// Takes the activations out of a config's schemes.
+fn weights_only(json: &mut Value) {
+    if let Some(groups) = json["quantization_config"]["config_groups"].as_object_mut() {
+        groups.values_mut().for_each(|group| group["input_activations"] = Value::Null);
+    }
+}
+
+/// With activations kept, what is left of a difference is rounding: of f32, and in `int4`, a model in bf16, of the weights to bf16.
+#[test]
+fn weights_of_other_tools_mean_the_same_here() {
+    for name in FOLDERS {
+        let folder = fixture("quantized").join(name);
+        let reference = tensors(&folder.join("reference.safetensors"));
+        let (config, files) = open(&folder, weights_only).unwrap();
+        let mut plain = Dequantised(WeightSource { files: &files, placement: Placement::CPU_F32, loaded: &mut |_| {} });
+        assert_eq!(files.check(&manifest(&config)), [""; 0], "{name}");
+        let model = Transformer::new(&config, Placement::CPU_F32, 64, &mut plain).unwrap();
+        let error = relative_error(&logits(&model, &reference("input_ids")), &reference("logits_weights"));
+        println!("{name}: {error:.1e}");
+        assert!(error < if name == "int4" { 0.02 } else { 1e-5 }, "{name}: {error}");
+    }
+}
+
+/// A source whose matrices are floats again.
+struct Dequantised<'a>(WeightSource<'a>);
+
+impl lacuna::model::Source for Dequantised<'_> {
+    type Error = lacuna::checkpoint::CheckpointError;
+
+    fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor, Self::Error> {
+        self.0.tensor(spec)
+    }
+
+    fn matrix(&mut self, spec: &TensorSpec) -> Result<Matrix, Self::Error> {
+        Ok(match self.0.matrix(spec)? {
+            Matrix::Quantized(matrix) => Matrix::Plain(matrix.dequantized(Kind::Float)?),
+            plain => plain,
+        })
+    }
+}
+
+/// As they run, with activations quantised where the checkpoint says so. Theirs and ours round numbers that differ in their last bits, and
+/// compared with the largest number their scale for int8 is 1 to 127.5, ours 1 to 127; so the two may be as far apart as half of what
+/// quantising activations changes at all.
+#[test]
+fn products_of_other_tools_are_ours_within_the_rounding_of_activations() {
+    for name in FOLDERS {
+        let folder = fixture("quantized").join(name);
+        let reference = tensors(&folder.join("reference.safetensors"));
+        let (config, files) = open(&folder, |_| {}).unwrap();
+        let ours = logits(&network(&config, &files).unwrap(), &reference("input_ids"));
+        let (error, effect) =
+            (relative_error(&ours, &reference("logits")), relative_error(&reference("logits"), &reference("logits_weights")));
+        println!("{name}: {error:.1e}, activations {effect:.1e}");
+        assert!(error < 0.02_f64.max(effect * 1.5), "{name}: {error}, {effect}");
+    }
+}
+
+#[test]
+fn each_matrix_has_the_scheme_that_its_name_asks_for() {
+    let of = |name: &str| open(&fixture("quantized").join(name), |_| {}).unwrap().1;
+    let scheme = |files: &WeightFiles, name: &str| files.quantization().unwrap().form(name).map(|form| form.scheme);
+    let layer = |at: usize, name: &str| format!("model.layers.{at}.{name}.weight");
+    let int4 = of("int4");
+    let group = Scheme { sharing: Sharing::Group(16), ..Scheme::INT4 };
+    assert_eq!(scheme(&int4, &layer(0, "self_attn.q_proj")), Some(group));
+    assert_eq!(scheme(&int4, &layer(0, "self_attn.v_proj")), None);
+    assert_eq!(scheme(&int4, &layer(1, "self_attn.v_proj")), Some(group));
+    assert_eq!(scheme(&int4, "lm_head.weight"), Some(Scheme::INT8_WEIGHT_ONLY));
+    assert_eq!(scheme(&int4, "model.embed_tokens.weight"), None);
+    let rows = Scheme { codes: Codes::Int4, sharing: Sharing::Row, activations: Activations::Kept };
+    assert_eq!(scheme(&of("int4-rows"), &layer(0, "mlp.down_proj")), Some(rows));
+    assert_eq!(scheme(&of("int4-rows"), "lm_head.weight"), Some(Scheme::INT8));
+    assert_eq!(scheme(&of("int8"), &layer(0, "mlp.up_proj")), Some(Scheme::INT8));
+    assert_eq!(scheme(&of("int8-weights"), &layer(1, "self_attn.v_proj")), None);
+    assert_eq!(scheme(&of("int8-weights"), &layer(1, "self_attn.k_proj")), Some(Scheme::INT8_WEIGHT_ONLY));
+    assert_eq!(scheme(&of("fp8-tensor"), &layer(0, "mlp.up_proj")), Some(Scheme::FP8));
+    let blocks = |side| Scheme { codes: Codes::E4m3, sharing: Sharing::Block(side), activations: Activations::Groups(16) };
+    assert_eq!(scheme(&of("deepseek"), &layer(0, "mlp.up_proj")), Some(blocks(16)));
+    let counts: Vec<_> = int4.quantization().unwrap().counts().into_iter().collect();
+    assert_eq!(counts, [("int4-group-16-weight-only".to_owned(), 13), ("int8-weight-only".to_owned(), 1)]);
+}
+
+/// DeepSeek's own kernel on a matrix of [140, 136] in blocks of 128.
+#[test]
+fn ragged_blocks_are_deepseeks() {
+    let files = WeightFiles::open(&fixture("quantized/blocks")).unwrap();
+    let reference = |name: &str| files.stored(name).unwrap();
+    let matrix = Quantized { scheme: Scheme::FP8_BLOCK, codes: reference("weight"), scales: reference("scale_inv") };
+    let ours = matrix.dequantized(Kind::Float).unwrap().index_select(0, &reference("rows"));
+    assert_eq!(ours, reference("values"));
+}
+
+/// DeepSeek-V3's kv_a_proj_with_mqa is the ragged one among its matrices.
+#[test]
+fn scales_of_ragged_blocks_are_asked_for_by_their_shape() {
+    let mut json = json_of(&fixture("quantized/deepseek"));
+    json["quantization_config"]["weight_block_size"] = json!([128, 128]);
+    json["intermediate_size"] = 576.into();
+    json["hidden_size"] = 7168.into();
+    let config = ModelConfig::from_json(&json).unwrap();
+    let quantization = Quantization::from_json(&json, &config).unwrap().unwrap();
+    let gate = projections(&config).into_iter().find(|spec| spec.shape == [576, 7168]).unwrap();
+    let parts = quantization.form(&gate.name).unwrap().parts(&gate);
+    assert_eq!((parts[1].name.as_str(), &parts[1].shapes), ("model.layers.0.mlp.gate_proj.weight_scale_inv", &vec![vec![5, 56]]));
+}
+
+/// Changes one field of a group's part in the fixture `int8`.
+fn group(part: &'static str, field: &'static str, value: Value) -> (&'static str, impl FnOnce(&mut Value)) {
+    ("int8", move |json: &mut Value| {
+        let group = &mut json["quantization_config"]["config_groups"]["group_0"];
+        if part.is_empty() { group[field] = value } else { group[part][field] = value }
+    })
+}
+
+#[test]
+fn what_cannot_be_read_is_refused_by_its_field() {
+    let told = |(name, change): (&str, Box<dyn FnOnce(&mut Value)>), expected: &str| {
+        let error = open(&fixture("quantized").join(name), change).map(drop).unwrap_err();
+        assert!(error.starts_with("quantization_config") && error.contains(expected), "{expected}: {error}");
+    };
+    fn boxed(
+        (name, change): (&'static str, impl FnOnce(&mut Value) + 'static),
+    ) -> (&'static str, Box<dyn FnOnce(&mut Value)>) {
+        (name, Box::new(change))
+    }
+    let whole = |name: &'static str, field: &'static str, value: Value| {
+        boxed((name, move |json: &mut Value| json["quantization_config"][field] = value))
+    };
+    let cases = [
+        (whole("int8", "quant_method", "gptq".into()), "quant_method = \"gptq\" cannot be read: compressed-tensors and fp8 can"),
+        (whole("int8", "quant_method", Value::Null), "quant_method"),
+        (whole("int8", "kv_cache_scheme", json!({"num_bits": 8})), "kv_cache_scheme cannot be read"),
+        (whole("int8", "transform_config", json!({"config_groups": {"r1": {}}})), "transform_config"),
+        (whole("int8", "sparsity_config", json!({"format": "sparse-24-bitmask"})), "sparsity_config"),
+        (whole("int8", "quantization_status", "frozen".into()), "quantization_status = \"frozen\""),
+        (whole("int8", "config_groups", json!([])), "config_groups cannot be read"),
+        (whole("int8", "config_groups", json!({"W8A8": ["Linear"]})), "config_groups.W8A8.weights.num_bits = null"),
+        (whole("int8", "ignore", "lm_head".into()), "ignore"),
+        (whole("int8", "ignore", json!(["re:(?!x).*"])), "ignore: pattern '(?!x).*' cannot be read"),
+        (whole("int8", "ignore", json!(["re:.*"])), "quantises no matrix"),
+        (boxed(group("", "targets", json!(["re:.*experts"]))), "quantises no matrix"),
+        (boxed(group("", "format", "marlin-24".into())), "format = \"marlin-24\""),
+        (boxed(group("", "format", "float-quantized".into())), "format = \"float-quantized\" for"),
+        (boxed(group("", "output_activations", json!({"num_bits": 8}))), "output_activations"),
+        (boxed(group("weights", "num_bits", 2.into())), "weights.num_bits = 2 cannot be read: 4 and 8 bits of int can"),
+        (boxed(group("weights", "type", "nf".into())), "weights.type = \"nf\""),
+        (boxed(group("weights", "symmetric", false.into())), "weights.symmetric = false"),
+        (boxed(group("weights", "actorder", "group".into())), "weights.actorder = \"group\""),
+        (boxed(group("weights", "dynamic", true.into())), "weights.dynamic = true"),
+        (boxed(group("weights", "strategy", "tensor_group".into())), "weights.strategy = \"tensor_group\""),
+        (boxed(group("weights", "strategy", "group".into())), "weights.group_size = null"),
+        (boxed(group("input_activations", "dynamic", false.into())), "input_activations.dynamic = false"),
+        (boxed(group("input_activations", "symmetric", false.into())), "input_activations.symmetric = false"),
+        (boxed(group("input_activations", "strategy", "tensor".into())), "input_activations.strategy = \"tensor\""),
+        (boxed(group("input_activations", "num_bits", 4.into())), "input_activations.num_bits = 4"),
+        (whole("deepseek", "fmt", "e5m2".into()), "fmt = \"e5m2\""),
+        (whole("deepseek", "activation_scheme", "static".into()), "activation_scheme = \"static\""),
+        (whole("deepseek", "scale_fmt", "ue8m0".into()), "scale_fmt = \"ue8m0\""),
+        (whole("deepseek", "weight_block_size", Value::Null), "weight_block_size = null"),
+        (whole("deepseek", "weight_block_size", json!([128, 64])), "weight_block_size = [128,64]"),
+        (whole("deepseek", "weight_block_size", json!([0, 0])), "weight_block_size = [0,0]"),
+    ];
+    for (case, expected) in cases {
+        told(case, expected);
+    }
+}
+
+/// A copy of a fixture with its tensors changed.
+fn broken(name: &str, change: impl FnOnce(&mut Vec<(String, Tensor)>)) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let from = fixture("quantized").join(name);
+    std::fs::copy(from.join("config.json"), folder.path().join("config.json")).unwrap();
+    let mut tensors = Tensor::read_safetensors(from.join("model.safetensors")).unwrap();
+    change(&mut tensors);
+    Tensor::write_safetensors(&tensors, folder.path().join("model.safetensors")).unwrap();
+    let (config, files) = open(folder.path(), |_| {}).unwrap();
+    network(&config, &files).map(drop).unwrap_err()
+}
+
+#[test]
+fn broken_tensors_are_named() {
+    let name = |ending: &str| format!("model.layers.0.mlp.down_proj.{ending}");
+    let set = |ending: &'static str, value: Tensor| {
+        move |tensors: &mut Vec<(String, Tensor)>| {
+            let at = tensors.iter().position(|(other, _)| *other == format!("model.layers.0.mlp.down_proj.{ending}")).unwrap();
+            tensors[at].1 = value;
+        }
+    };
+    let scales = |value: f64| Tensor::full([32, 1], value, (Kind::Float, tch::Device::Cpu));
+    for (value, told) in [(0.0, "above 0"), (-1.0, "above 0"), (f64::NAN, "above 0"), (f64::INFINITY, "above 0")] {
+        let one = scales(1.0);
+        let _ = one.get(3).fill_(value);
+        let error = broken("int8", set("weight_scale", one));
+        assert!(error.contains(&name("weight_scale")) && error.contains(told), "{value}: {error}");
+    }
+    let cases: Vec<(&str, Box<dyn FnOnce(&mut Vec<(String, Tensor)>)>, String)> = vec![
+        ("int8", Box::new(set("weight_scale", scales(1.0).view([1, 32]))), format!("{} has shape [1, 32], not [32, 1]", name("weight_scale"))),
+        ("int8", Box::new(set("weight", Tensor::zeros([32, 64], (Kind::Float, tch::Device::Cpu)))), format!("{} is of type F32: i8", name("weight"))),
+        ("int8", Box::new(|tensors| tensors.retain(|(name, _)| !name.ends_with("down_proj.weight_scale"))), format!("{} is missing", name("weight_scale"))),
+        ("int4", Box::new(set("weight_shape", Tensor::from_slice(&[32i64, 63]))), format!("{} says [32, 63], not [32, 64]", name("weight_shape"))),
+        ("int4", Box::new(set("weight_packed", Tensor::zeros([32, 7], (Kind::Int, tch::Device::Cpu)))), format!("{} has shape [32, 7], not [32, 8]", name("weight_packed"))),
+        (
+            "int8",
+            Box::new(|tensors| tensors.push(("model.layers.0.mlp.down_proj.weight_zero_point".into(), Tensor::from_slice(&[0i8])))),
+            format!("{} is unexpected", name("weight_zero_point")),
+        ),
+    ];
+    for (fixture, change, told) in cases {
+        let error = broken(fixture, change);
+        assert!(error.contains(&told), "{told}: {error}");
+    }
+}
+
+/// Codes of four bits one a byte, as older tools write them.
+#[test]
+fn codes_beyond_their_bits_are_refused() {
+    let four = |json: &mut Value| json["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4.into();
+    let (config, files) = open(&fixture("quantized/int8"), four).unwrap();
+    assert!(network(&config, &files).map(drop).unwrap_err().contains("holds codes outside -8 to 7"));
+}
+
+#[test]
+fn a_code_that_is_no_number_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut bytes = std::fs::read(fixture("quantized/fp8/model.safetensors")).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let json: Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+    let at = json["model.layers.0.mlp.down_proj.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[header + at + 5] = 0xff;
+    std::fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+    std::fs::copy(fixture("quantized/fp8/config.json"), folder.path().join("config.json")).unwrap();
+    let (config, files) = open(folder.path(), |_| {}).unwrap();
+    let error = network(&config, &files).map(drop).unwrap_err();
+    assert!(error.contains("model.layers.0.mlp.down_proj.weight holds NaN"), "{error}");
+}
