@@ -11,7 +11,6 @@ pub mod quantization;
 pub mod tokenizer;
 pub mod weights;
 
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -181,7 +180,7 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Checkpoi
 /// Likewise, with what `write` writes.
 fn write_atomically_with(
     path: &Path,
-    write: impl FnOnce(&mut dyn Write) -> Result<(), CheckpointError>,
+    write: impl FnOnce(&mut dyn weights::WriteSeek) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {
     let fail = |source| CheckpointError::Write { path: path.into(), source };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -158,6 +159,17 @@ impl WeightFiles {
         self.entries.values().map(|entry| entry.range.len()).sum()
     }
 
+    /// Bytes of what `needed` describes when it is loaded: floats in `dtype`, quantised matrices about as they are stored.
+    pub fn loaded_bytes(&self, needed: &[TensorSpec], dtype: Dtype) -> usize {
+        let each = needed.iter().map(|spec| match self.quantization.as_ref().and_then(|q| q.form(&spec.name)) {
+            Some(_) => {
+                self.parts(spec).iter().filter_map(|part| self.entries.get(&part.name)).map(|entry| entry.range.len()).sum()
+            }
+            None => spec.shape.iter().product::<i64>() as usize * dtype.size(),
+        });
+        each.sum()
+    }
+
     /// Types in which tensors are stored, in our names where they have one.
     pub fn stored_types(&self) -> BTreeSet<String> {
         self.type_counts().into_keys().collect()
@@ -275,21 +287,64 @@ pub fn save_each(
     dtype: Dtype,
     tensor: &mut dyn FnMut(&TensorSpec) -> Result<Tensor, CheckpointError>,
 ) -> Result<(), CheckpointError> {
-    let floats = match dtype {
-        Dtype::F32 => (StoredType::F32, dtype.kind()),
-        Dtype::F16 => (StoredType::F16, dtype.kind()),
-        Dtype::Bf16 => (StoredType::BF16, dtype.kind()),
-    };
-    let form = |name: &str| if name == TABLE { (StoredType::I64, Kind::Int64) } else { floats };
+    let stored = |name: &str| if name == TABLE { StoredType::I64 } else { stored_as(dtype) };
+    let slot = |spec: &TensorSpec| Slot { name: spec.name.clone(), shape: spec.shape.clone(), stored: stored(&spec.name) };
+    let slots: Vec<_> = specs.iter().map(slot).collect();
+    save_slots(path, &slots, &mut |sink| specs.iter().try_for_each(|spec| sink.put(&spec.name, &tensor(spec)?)))
+}
+
+/// A tensor's place in a file to be written.
+pub struct Slot {
+    pub name: String,
+    pub shape: Vec<i64>,
+    pub stored: StoredType,
+}
+
+/// A file that takes its tensors in any order.
+pub struct Sink<'a> {
+    path: &'a Path,
+    file: &'a mut (dyn WriteSeek + 'a),
+    /// Those that are yet to come, with their first bytes.
+    places: BTreeMap<&'a str, (&'a Slot, usize)>,
+}
+
+pub trait WriteSeek: Write + Seek {}
+impl<T: Write + Seek> WriteSeek for T {}
+
+impl Sink<'_> {
+    /// Writes a tensor where its slot is, converted to what that says.
+    pub fn put(&mut self, name: &str, tensor: &Tensor) -> Result<(), CheckpointError> {
+        let wrong = |reason: String| CheckpointError::Weights { path: self.path.into(), reason };
+        let (slot, start) = self.places.remove(name).ok_or_else(|| wrong(format!("there is no place for tensor {name}")))?;
+        if tensor.size() != slot.shape {
+            return Err(wrong(format!("tensor {name} has shape {:?}, not {:?}", tensor.size(), slot.shape)));
+        }
+        let kind = kind(slot.stored).ok_or_else(|| wrong(format!("tensor {name} is of type {:?}", slot.stored)))?;
+        let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?;
+        let elements = tensor.numel();
+        let mut bytes = vec![0u8; elements * kind.elt_size_in_bytes()];
+        tensor.f_copy_data_u8(&mut bytes, elements)?;
+        let written = self.file.seek(SeekFrom::Start(start as u64)).and_then(|_| self.file.write_all(&bytes));
+        written.map_err(|source| CheckpointError::Write { path: self.path.into(), source })
+    }
+}
+
+/// Writes one safetensors file with the tensors of `slots`, atomically. `fill` is to put each of them.
+pub fn save_slots(
+    path: &Path,
+    slots: &[Slot],
+    fill: &mut dyn FnMut(&mut Sink) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
     let wrong = |reason: String| CheckpointError::Weights { path: path.into(), reason };
     let mut end = 0;
-    let places = specs.iter().map(|spec| {
-        let shape: Vec<_> = spec.shape.iter().map(|n| *n as usize).collect();
-        let (start, (stored, kind)) = (end, form(&spec.name));
-        end += shape.iter().product::<usize>() * kind.elt_size_in_bytes();
-        (spec.name.clone(), TensorInfo { dtype: stored, shape, data_offsets: (start, end) })
+    let places = slots.iter().map(|slot| {
+        let shape: Vec<_> = slot.shape.iter().map(|n| *n as usize).collect();
+        let start = end;
+        end += shape.iter().product::<usize>() * slot.stored.bitsize() / 8;
+        (slot.name.clone(), TensorInfo { dtype: slot.stored, shape, data_offsets: (start, end) })
     });
     let places: Vec<_> = places.collect();
+    let starts: Vec<_> = places.iter().map(|(_, info)| info.data_offsets.0).collect();
     let format = Some([("format".to_string(), "pt".to_string())].into());
     let header = Metadata::new(format, places).map_err(|e| wrong(e.to_string()))?;
     let mut header = serde_json::to_vec(&header).map_err(|e| wrong(e.to_string()))?;
@@ -300,19 +355,14 @@ pub fn save_each(
             |bytes: &[u8]| file.write_all(bytes).map_err(|source| CheckpointError::Write { path: path.into(), source });
         write(&(header.len() as u64).to_le_bytes())?;
         write(&header)?;
-        for spec in specs {
-            let tensor = tensor(spec)?;
-            if tensor.size() != spec.shape {
-                return Err(wrong(format!("tensor {} has shape {:?}, not {:?}", spec.name, tensor.size(), spec.shape)));
-            }
-            let (_, kind) = form(&spec.name);
-            let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?;
-            let elements = tensor.numel();
-            let mut bytes = vec![0u8; elements * kind.elt_size_in_bytes()];
-            tensor.f_copy_data_u8(&mut bytes, elements)?;
-            write(&bytes)?;
+        let data = 8 + header.len();
+        let places = slots.iter().zip(starts).map(|(slot, start)| (slot.name.as_str(), (slot, data + start))).collect();
+        let mut sink = Sink { path, file, places };
+        fill(&mut sink)?;
+        match sink.places.first_key_value() {
+            Some((name, _)) => Err(wrong(format!("tensor {name} is missing"))),
+            None => Ok(()),
         }
-        Ok(())
     })
 }
 
@@ -322,6 +372,15 @@ const TABLE: &str = "d2t";
 /// Types that a tensor may be stored in. The table of a trimmed vocabulary holds token ids, which no 16-bit type tells apart.
 fn types(name: &str) -> &'static [StoredType] {
     if name == TABLE { &[StoredType::I64, StoredType::F32] } else { &[StoredType::F32, StoredType::F16, StoredType::BF16] }
+}
+
+/// How floats are stored.
+pub fn stored_as(dtype: Dtype) -> StoredType {
+    match dtype {
+        Dtype::F32 => StoredType::F32,
+        Dtype::F16 => StoredType::F16,
+        Dtype::Bf16 => StoredType::BF16,
+    }
 }
 
 fn kind(stored: StoredType) -> Option<Kind> {

@@ -60,11 +60,11 @@ fn wrong_values(checkpoint: &Checkpoint, known: &[String]) -> Vec<String> {
     let mut problems = vec![];
     for spec in specs {
         bar.inc(1);
-        let name = format!("tensor {} ", spec.name);
+        let name = format!("tensor {}", spec.name);
         if known.iter().any(|problem| problem.starts_with(&name)) {
             continue;
         }
-        match checkpoint.files.load(&spec.name, Placement::CPU_F32) {
+        match checkpoint.files.matrix(&spec, Placement::CPU_F32) {
             Ok(_) => {}
             Err(CheckpointError::Problems(found)) => problems.extend(found),
             Err(other) => problems.push(other.to_string()),
@@ -101,8 +101,9 @@ fn facts(checkpoint: &Checkpoint) -> Vec<(&'static str, Value)> {
         ("dtype_stored", json!(files.stored_types())),
         ("files", json!(files.file_count())),
         ("bytes_stored", json!(files.bytes())),
-        ("bytes_loaded_f32", json!(config.parameters() * Dtype::F32.size())),
-        ("bytes_loaded_bf16", json!(config.parameters() * Dtype::Bf16.size())),
+        ("quantization", json!(files.quantization().map(|quantization| quantization.counts()))),
+        ("bytes_loaded_f32", json!(files.loaded_bytes(&manifest(config), Dtype::F32))),
+        ("bytes_loaded_bf16", json!(files.loaded_bytes(&manifest(config), Dtype::Bf16))),
         ("mask_token_id", mask),
         ("mask_token_origin", json!(origin)),
         ("eos_token_ids", json!(generation.eos_token_ids)),

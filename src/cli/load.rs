@@ -94,7 +94,12 @@ impl RunOptions {
 
     /// What a model takes at least: its weights, its draft heads, and room for one context's tokens. By its headers alone.
     fn need(&self, checkpoint: &Checkpoint, placement: Placement) -> Need {
-        Need { drafters: drafter_bytes(&self.folder(checkpoint)), ..self.bare(&checkpoint.config, placement) }
+        let bare = self.bare(&checkpoint.config, placement);
+        let weights = match checkpoint.files.quantization() {
+            Some(_) => checkpoint.files.loaded_bytes(&manifest(&checkpoint.config), placement.dtype) as u64,
+            None => bare.weights,
+        };
+        Need { weights, drafters: drafter_bytes(&self.folder(checkpoint)), ..bare }
     }
 
     /// Likewise of a model without draft heads.
@@ -135,7 +140,7 @@ impl RunOptions {
         Ok(Placement { device, dtype: self.dtype.unwrap_or(if device == Device::Cpu { Dtype::F32 } else { stored }) })
     }
 
-    fn load(&self, checkpoint: Checkpoint) -> Result<Loaded> {
+    pub fn load(&self, checkpoint: Checkpoint) -> Result<Loaded> {
         tensor::set_threads(self.threads);
         let placement = self.placement(&checkpoint).map_err(anyhow::Error::msg)?;
         self.need(&checkpoint, placement).within(&checkpoint.name(), None, &[]).map_err(anyhow::Error::msg)?;

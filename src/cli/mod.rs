@@ -14,6 +14,7 @@ mod inspect;
 mod load;
 mod method;
 mod outcome;
+mod quantize;
 mod remote;
 mod report;
 mod serve;
@@ -55,6 +56,8 @@ enum Command {
     Inspect(inspect::Options),
     /// Turn a GGUF file into a model folder
     Import(import::Options),
+    /// Write a model in fewer bits, and say what that changes
+    Quantize(Box<quantize::Options>),
     /// Train the small model that ships
     Train(train::Options),
     /// Measure how often a model is right
@@ -89,6 +92,7 @@ pub fn run() -> Result<()> {
         Command::Compare(options) => compare::run(*options),
         Command::Inspect(options) => inspect::run(options),
         Command::Import(options) => import::run(options),
+        Command::Quantize(options) => quantize::run(*options),
         Command::Train(options) => train::run(options),
         Command::Eval(options) => eval::run(*options),
         Command::Bench(options) => bench::run(options),

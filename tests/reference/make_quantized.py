@@ -1,12 +1,13 @@
 """Quantised checkpoints and what their original code computes with them: `quantized/`.
 
     python make_quantized.py --out ../fixtures --deepseek DEEPSEEK_V3      # transformers 5.23.0, compressed-tensors 0.20.0, triton 3.6.0
-    python make_quantized.py --check FOLDER --logits FILE                  # what transformers computes from a folder of ours
+    python make_quantized.py --out ../fixtures --written FOLDER ...         # what transformers computes from folders of ours
 
 The folders are tiny random models that compressed-tensors quantised and saved, or transformers in DeepSeek's convention. Each has
 a `reference.safetensors`: `input_ids`, `logits` as transformers gives them, activations quantised where the scheme says so, and
 `logits_weights` with the quantised weights alone. `blocks/` is a matrix with ragged blocks, dequantised by DeepSeek's
-own kernel.
+own kernel. `written.safetensors` has logits of the last two of some tokens, in f32, from what `lacuna quantize models/nano-ar FOLDER --to
+SCHEME` wrote, each by its folder's name.
 """
 
 import argparse
@@ -127,11 +128,11 @@ def deepseek(out, name, seed):
         "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [16, 16]}}, indent=2) + "\n")
 
 
-def logits_of(folder, ids, weights_only=False):
+def logits_of(folder, ids, weights_only=False, dtype=None):
     import transformers
 
     settings = json.loads((folder / "config.json").read_text())
-    dtype = getattr(torch, settings.get("dtype") or settings.get("torch_dtype"))
+    dtype = dtype or getattr(torch, settings.get("dtype") or settings.get("torch_dtype"))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     with torch.no_grad():
         model(ids)  # what is compressed is decompressed by the first forward
@@ -151,27 +152,32 @@ def ragged(out, checkout):
     scale = torch.rand(2, 2) * 1e-3 + 1e-4
     values = kernel.weight_dequant(weight, scale, 128)
     assert values.dtype == torch.float32 and values[130, 135] == weight[130, 135].float() * scale[1, 1]
+    # A product as they compute it, in blocks of 32: inputs in codes, each group with its scale.
+    narrow, narrow_scale = (torch.randn(40, 96) * 100).to(torch.float8_e4m3fn), torch.rand(2, 3) * 1e-3 + 1e-4
+    x = torch.randn(3, 96)
+    codes, scales = kernel.act_quant(x, 32)
+    product = (codes.float() * scales.repeat_interleave(32, 1)) @ kernel.weight_dequant(narrow, narrow_scale, 32).T
     (out / "blocks").mkdir()
     rows = [0, 127, 128, 139]
-    save_file({"weight": weight, "scale_inv": scale, "rows": torch.tensor(rows), "values": values[rows].contiguous()}, out / "blocks/model.safetensors")
+    save_file({"weight": weight, "scale_inv": scale, "rows": torch.tensor(rows), "values": values[rows].contiguous(),
+               "narrow": narrow, "narrow_scale_inv": narrow_scale, "x": x, "product": product}, out / "blocks/model.safetensors")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--deepseek", type=Path)
-    parser.add_argument("--check", type=Path)
-    parser.add_argument("--logits", type=Path)
+    parser.add_argument("--written", type=Path, nargs="+")
     arguments = parser.parse_args()
-    if arguments.check:
-        tensors = load_file(arguments.logits)
-        for name, weights_only in ("logits", False), ("logits_weights", True):
-            theirs, ours = logits_of(arguments.check, tensors["input_ids"], weights_only), tensors[name]
-            error = (ours - theirs).norm() / theirs.norm()
-            same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
-            print(f"{arguments.check.name} {name}: relative error {error:.2e}, {same:.1%} of the most probable tokens the same")
-        return
     out = arguments.out / "quantized"
+    if arguments.written:
+        ids = torch.tensor([[40, 300, 12, 77, 501, 9, 220, 64]])
+        record = {"input_ids": ids}
+        for folder in arguments.written:
+            for name, weights_only in ("logits", False), ("logits_weights", True):
+                record[f"{folder.name}.{name}"] = logits_of(folder, ids, weights_only, torch.float32)[:, -2:].contiguous()
+        save_file(record, out / "written.safetensors")
+        return
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for seed, case in enumerate(cases()):

@@ -234,7 +234,8 @@ fn compressed_tensors(json: &Field, projections: &[TensorSpec]) -> Result<BTreeM
     let of_class = targets.get(&(false, "Linear")).map(|(_, form)| *form);
     let mut forms = BTreeMap::new();
     for spec in projections {
-        let matches = |pattern: &Pattern| pattern.matches(module(spec)) || matches!(pattern, Pattern::Name(name) if name == "Linear");
+        let matches =
+            |pattern: &Pattern| pattern.matches(module(spec)) || matches!(pattern, Pattern::Name(name) if name == "Linear");
         if ignored.iter().any(matches) {
             continue;
         }
@@ -286,7 +287,11 @@ fn form(group: &Field, format: Option<&str>) -> Result<Form, String> {
         Some("block") => (Sharing::Block(square(&weights.at("block_structure"))?), false),
         _ => return Err(strategy.refused("channel, tensor, group and block can")),
     };
-    Ok(Form { scheme: Scheme { codes, sharing, activations: activations(&group.at("input_activations"), codes)? }, layout, whole })
+    Ok(Form {
+        scheme: Scheme { codes, sharing, activations: activations(&group.at("input_activations"), codes)? },
+        layout,
+        whole,
+    })
 }
 
 fn activations(field: &Field, codes: Codes) -> Result<Activations, String> {
@@ -315,7 +320,8 @@ fn activations(field: &Field, codes: Codes) -> Result<Activations, String> {
 fn square(field: &Field) -> Result<usize, String> {
     let sides = field.value.as_array().filter(|sides| sides.len() == 2 && sides[0] == sides[1]);
     let side = sides.and_then(|sides| sides[0].as_u64()).filter(|n| (1..=SHARED_MAX).contains(n));
-    side.map(|n| n as usize).ok_or_else(|| format!("{} = {} cannot be read: squares like [128, 128] can", field.path, field.value))
+    side.map(|n| n as usize)
+        .ok_or_else(|| format!("{} = {} cannot be read: squares like [128, 128] can", field.path, field.value))
 }
 
 fn deepseek(json: &Field, projections: &[TensorSpec], head: &str) -> Result<BTreeMap<String, Form>, String> {
@@ -335,7 +341,8 @@ fn deepseek(json: &Field, projections: &[TensorSpec], head: &str) -> Result<BTre
     let side = square(&json.at("weight_block_size"))?;
     let scheme = Scheme { codes: Codes::E4m3, sharing: Sharing::Block(side), activations: Activations::Groups(side) };
     let form = Form { scheme, layout: Layout::DeepSeek, whole: false };
-    let kept: Vec<_> = ["modules_to_not_convert", "ignored_layers"].iter().map(|name| json.at(name).texts()).collect::<Result<_, _>>()?;
+    let kept: Vec<_> =
+        ["modules_to_not_convert", "ignored_layers"].iter().map(|name| json.at(name).texts()).collect::<Result<_, _>>()?;
     let kept = kept.concat();
     // A name there means the module and all within it, with or without what stands before.
     let keeps = |module: &str| {

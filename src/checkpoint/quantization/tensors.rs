@@ -26,7 +26,9 @@ pub fn read(spec: &TensorSpec, form: &Form, stored: &[Tensor]) -> Result<Quantiz
         return Err(format!("tensor {} holds {problem}", parts[0].name));
     }
     let scales = scales.f_to_kind(Kind::Float).map_err(failed)?;
-    if !all(&scales.f_isfinite().and_then(|finite| scales.f_gt(0.0)?.f_logical_and(&finite)).map_err(failed)?).map_err(failed)? {
+    if !all(&scales.f_isfinite().and_then(|finite| scales.f_gt(0.0)?.f_logical_and(&finite)).map_err(failed)?)
+        .map_err(failed)?
+    {
         return Err(format!("tensor {} holds a scale that is not above 0", parts[1].name));
     }
     let (rows, columns) = form.scheme.grid(spec.shape[1] as usize);
@@ -75,7 +77,8 @@ fn unpack(words: &Tensor, bits: u32, columns: i64) -> Result<Tensor, TchError> {
     let rows = words.size()[0];
     let bytes = words.f_contiguous()?.f_view_dtype(Kind::Uint8)?;
     let codes = match bits {
-        4 => Tensor::f_stack(&[bytes.f_bitwise_and(15)?, bytes.f_bitwise_right_shift_tensor_scalar(4)?], -1)?.f_view([rows, -1])?,
+        4 => Tensor::f_stack(&[bytes.f_bitwise_and(15)?, bytes.f_bitwise_right_shift_tensor_scalar(4)?], -1)?
+            .f_view([rows, -1])?,
         _ => bytes,
     };
     let codes = codes.f_narrow(1, 0, columns)?.f_to_kind(Kind::Int)?.f_sub_scalar(1 << (bits - 1))?;

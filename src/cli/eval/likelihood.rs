@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::cli::load::{ModelOptions, steps};
+use crate::engine::request::ModelInfo;
 use crate::eval::likelihood::{MonteCarlo, Score, Windows, given, score};
 use crate::eval::problems;
+use crate::model::Transformer;
 use crate::model::family::Attention;
 
 #[derive(Args, Debug)]
@@ -41,7 +43,7 @@ pub struct Options {
 
 /// One text and what stands before it.
 #[derive(Deserialize)]
-struct Text {
+pub(in crate::cli) struct Text {
     #[serde(default)]
     prompt: String,
     text: String,
@@ -79,37 +81,9 @@ struct Report {
 pub fn run(options: Options) -> Result<()> {
     let texts = read(&options.file)?;
     let (model, network, _) = options.model.load()?;
-    let window = options.window.unwrap_or(network.context().min(1024));
-    ensure!(window <= network.context(), "a window of {window} tokens exceeds the model's context of {}", network.context());
-    let windows = Windows { window, overlap: options.overlap.unwrap_or(window / 2) };
     let effort = MonteCarlo { samples: options.samples as usize, batch: usize::from(options.batch), seed: options.seed };
-    let exact = network.config().attention == Attention::Causal;
-    let mask = match &model.mask_token_id {
-        Ok(mask) => Some(*mask),
-        Err(reason) => {
-            ensure!(exact, "model {} has no bound: {reason}", model.name);
-            None
-        }
-    };
-
-    let mut cut = vec![];
-    for (number, text) in texts.iter().enumerate() {
-        let (ids, first, bytes) =
-            tokens(&model.tokenizer, text, given(&network)).with_context(|| format!("text {}", number + 1))?;
-        let parts = windows.cut(ids.len(), first)?.len();
-        cut.push((ids, first, bytes, parts));
-    }
-    let bar = steps("scoring", cut.iter().map(|(.., parts)| parts).sum());
-    let (mut total, mut bytes) = (Score::default(), 0);
-    for (at, (ids, first, of_text, _)) in cut.iter().enumerate() {
-        // Texts' masks are drawn apart from each other's.
-        let effort = MonteCarlo { seed: effort.seed.wrapping_add((at as u64) << 32), ..effort };
-        total.add(score(&network, mask, ids, *first, windows, effort, &mut || bar.inc(1))?);
-        bytes += of_text;
-    }
-    bar.finish_and_clear();
-    ensure!(total.tokens > 0 && bytes > 0, "{} holds no token to score", options.file.display());
-
+    let Total { score: total, bytes, windows, exact } =
+        score_all(&model, &network, &texts, (options.window, options.overlap), effort)?;
     let nats_per_token = total.nats / total.tokens as f64;
     let report = Report {
         model: model.name,
@@ -125,7 +99,7 @@ pub fn run(options: Options) -> Result<()> {
         nats_per_token,
         perplexity: nats_per_token.exp(),
         bits_per_byte: total.nats / std::f64::consts::LN_2 / bytes as f64,
-        window,
+        window: windows.window,
         overlap: windows.overlap,
         samples: (!exact).then_some(effort.samples),
         seed: (!exact).then_some(effort.seed),
@@ -146,7 +120,56 @@ pub fn run(options: Options) -> Result<()> {
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Vec<Text>> {
+/// What texts come to under a model.
+pub(in crate::cli) struct Total {
+    pub score: Score,
+    /// Of the scored tokens.
+    pub bytes: usize,
+    pub windows: Windows,
+    /// No bound.
+    pub exact: bool,
+}
+
+/// Scores all texts, in windows of that many tokens with so many of the one before, unless the usual ones are to be taken.
+pub(in crate::cli) fn score_all(
+    model: &ModelInfo,
+    network: &Transformer,
+    texts: &[Text],
+    (window, overlap): (Option<usize>, Option<usize>),
+    effort: MonteCarlo,
+) -> Result<Total> {
+    let window = window.unwrap_or(network.context().min(1024));
+    ensure!(window <= network.context(), "a window of {window} tokens exceeds the model's context of {}", network.context());
+    let windows = Windows { window, overlap: overlap.unwrap_or(window / 2) };
+    let exact = network.config().attention == Attention::Causal;
+    let mask = match &model.mask_token_id {
+        Ok(mask) => Some(*mask),
+        Err(reason) => {
+            ensure!(exact, "model {} has no bound: {reason}", model.name);
+            None
+        }
+    };
+    let mut cut = vec![];
+    for (number, text) in texts.iter().enumerate() {
+        let (ids, first, bytes) =
+            tokens(&model.tokenizer, text, given(network)).with_context(|| format!("text {}", number + 1))?;
+        let parts = windows.cut(ids.len(), first)?.len();
+        cut.push((ids, first, bytes, parts));
+    }
+    let bar = steps("scoring", cut.iter().map(|(.., parts)| parts).sum());
+    let (mut total, mut bytes) = (Score::default(), 0);
+    for (at, (ids, first, of_text, _)) in cut.iter().enumerate() {
+        // Texts' masks are drawn apart from each other's.
+        let effort = MonteCarlo { seed: effort.seed.wrapping_add((at as u64) << 32), ..effort };
+        total.add(score(network, mask, ids, *first, windows, effort, &mut || bar.inc(1))?);
+        bytes += of_text;
+    }
+    bar.finish_and_clear();
+    ensure!(total.tokens > 0 && bytes > 0, "the texts hold no token to score");
+    Ok(Total { score: total, bytes, windows, exact })
+}
+
+pub(in crate::cli) fn read(path: &Path) -> Result<Vec<Text>> {
     let name = path.to_string_lossy();
     if name.ends_with(".jsonl") || name.ends_with(".jsonl.gz") {
         let line = |(number, line): (usize, String)| {

@@ -1,6 +1,6 @@
 //! `lacuna eval`: how often what a model writes is right, and at what cost; `lacuna eval likelihood`: how probable it finds a text.
 
-mod likelihood;
+pub(super) mod likelihood;
 
 use std::path::PathBuf;
 
@@ -42,17 +42,10 @@ struct SuiteOptions {
     /// Tasks to run
     #[arg(value_enum, default_value = "nano")]
     suite: SuiteName,
-    /// File of the suite's tasks, one JSON object a line; .gz is unpacked
-    #[arg(long, value_name = "FILE")]
-    data: Option<PathBuf>,
+    #[command(flatten)]
+    tasks: TaskFlags,
     #[command(flatten)]
     model: ModelOptions,
-    /// How many tasks [default: all of a file, 300 of nano]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    tasks: Option<u32>,
-    /// Seed of the choice of nano's tasks
-    #[arg(long, default_value_t = 7)]
-    tasks_seed: u64,
     /// Ask in the model's chat template, and take the first fenced block of the answer
     #[arg(long, conflicts_with = "infill")]
     chat: bool,
@@ -91,8 +84,42 @@ struct SuiteOptions {
     judge: Option<PathBuf>,
 }
 
+/// Which tasks of a suite.
+#[derive(Args, Debug)]
+pub(super) struct TaskFlags {
+    /// File of the suite's tasks, one JSON object a line; .gz is unpacked
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
+    /// How many tasks [default: all of a file, 300 of nano]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    tasks: Option<u32>,
+    /// Seed of the choice of nano's tasks
+    #[arg(long, default_value_t = 7)]
+    tasks_seed: u64,
+}
+
+impl TaskFlags {
+    /// Whether any but the seed is set.
+    pub(super) fn any(&self) -> bool {
+        self.data.is_some() || self.tasks.is_some()
+    }
+
+    pub(super) fn suite(&self, name: SuiteName) -> Result<Suite> {
+        let limit = self.tasks.map(|tasks| tasks as usize);
+        let data = || self.data.as_deref().context("the suite takes its tasks from a file: name it with --data FILE");
+        match name {
+            SuiteName::Nano => {
+                ensure!(self.data.is_none(), "nano draws its tasks: leave --data away, or name another suite");
+                Ok(Suite::nano(limit.unwrap_or(NANO_TASKS), self.tasks_seed))
+            }
+            SuiteName::Humaneval => Ok(problems::read(data()?, Format::HumanEval, limit.unwrap_or(usize::MAX))?),
+            SuiteName::Jsonl => Ok(problems::read(data()?, Format::Plain, limit.unwrap_or(usize::MAX))?),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum SuiteName {
+pub(super) enum SuiteName {
     /// Small Python functions of compositions that training never showed
     Nano,
     /// OpenAI's 164 problems, or a file in their format: --data HumanEval.jsonl.gz
@@ -110,16 +137,7 @@ pub fn run(options: Options) -> Result<()> {
 
 impl SuiteOptions {
     fn suite(&self) -> Result<Suite> {
-        let limit = self.tasks.map(|tasks| tasks as usize);
-        let data = || self.data.as_deref().context("the suite takes its tasks from a file: name it with --data FILE");
-        let suite = match self.suite {
-            SuiteName::Nano => {
-                ensure!(self.data.is_none(), "nano draws its tasks: leave --data away, or name another suite");
-                Suite::nano(limit.unwrap_or(NANO_TASKS), self.tasks_seed)
-            }
-            SuiteName::Humaneval => problems::read(data()?, Format::HumanEval, limit.unwrap_or(usize::MAX))?,
-            SuiteName::Jsonl => problems::read(data()?, Format::Plain, limit.unwrap_or(usize::MAX))?,
-        };
+        let suite = self.tasks.suite(self.suite)?;
         match self.infill {
             true => suite.infill().map_err(|id| anyhow!("task {id} has no solution to take a middle out of")),
             false => Ok(suite),
@@ -247,7 +265,7 @@ fn told(options: &SuiteOptions, report: &Report, model: Option<&ModelInfo>) -> R
             json["threads"] = tch::get_num_threads().into();
         }
         if options.suite == SuiteName::Nano {
-            json["tasks_seed"] = options.tasks_seed.into();
+            json["tasks_seed"] = options.tasks.tasks_seed.into();
         }
         json["command"] = std::env::args().skip(1).collect::<Vec<_>>().join(" ").into();
         println!("{json}");

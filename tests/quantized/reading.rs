@@ -1,55 +1,19 @@
-//! Quantised checkpoints: those that other tools wrote mean here what they mean there (tests/reference/make_quantized.py), broken ones
-//! are refused by name, and `lacuna quantize` writes such folders.
+//! Checkpoints that other tools wrote mean here what they mean there (tests/reference/make_quantized.py), and broken ones are refused by
+//! name.
 
 use std::path::Path;
 
 use lacuna::checkpoint::config::ModelConfig;
 use lacuna::checkpoint::quantization::{Quantization, projections};
-use lacuna::checkpoint::weights::{WeightFiles, WeightSource};
-use lacuna::model::quantized::{Activations, Codes, Matrix, Quantized, Scheme, Sharing};
-use lacuna::model::{TensorSpec, Transformer, manifest};
-use lacuna::tensor::{Kind, Placement, Tensor};
+use lacuna::checkpoint::weights::WeightFiles;
+use lacuna::model::quantized::{Activations, Codes, Quantized, Scheme, Sharing};
+use lacuna::tensor::{Kind, Tensor};
 use serde_json::{Value, json};
 
-#[path = "common/mod.rs"]
-mod common;
-use common::{fixture, relative_error, tensors};
+use super::common::{fixture, relative_error, tensors};
+use super::{dequantised, json_of, logits, network, open, weights_only};
 
 const FOLDERS: [&str; 8] = ["int8", "int8-weights", "int4", "int4-rows", "fp8", "fp8-tensor", "fp8-blocks", "deepseek"];
-
-fn json_of(folder: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
-}
-
-/// A fixture with its config changed. Tests say what they want of the weights through `weights_only`.
-fn open(folder: &Path, change: impl FnOnce(&mut Value)) -> Result<(ModelConfig, WeightFiles), String> {
-    let mut json = json_of(folder);
-    change(&mut json);
-    let config = ModelConfig::from_json(&json)?;
-    let quantization = Quantization::from_json(&json, &config)?;
-    Ok((config, WeightFiles::open(folder).unwrap().quantized(quantization)))
-}
-
-fn network(config: &ModelConfig, files: &WeightFiles) -> Result<Transformer, String> {
-    lacuna::tensor::set_threads(1);
-    let problems = files.check(&manifest(config));
-    if !problems.is_empty() {
-        return Err(problems.join("; "));
-    }
-    let mut source = WeightSource { files, placement: Placement::CPU_F32, loaded: &mut |_| {} };
-    Transformer::new(config, Placement::CPU_F32, 64, &mut source).map_err(|error| error.to_string())
-}
-
-fn logits(model: &Transformer, ids: &Tensor) -> Tensor {
-    tch::no_grad(|| model.logits(&model.hidden(ids, model.config().attention).unwrap()).unwrap())
-}
-
-/// Takes the activations out of a config's schemes.
-fn weights_only(json: &mut Value) {
-    if let Some(groups) = json["quantization_config"]["config_groups"].as_object_mut() {
-        groups.values_mut().for_each(|group| group["input_activations"] = Value::Null);
-    }
-}
 
 /// With activations kept, what is left of a difference is rounding: of f32, and in `int4`, a model in bf16, of the weights to bf16.
 #[test]
@@ -58,47 +22,32 @@ fn weights_of_other_tools_mean_the_same_here() {
         let folder = fixture("quantized").join(name);
         let reference = tensors(&folder.join("reference.safetensors"));
         let (config, files) = open(&folder, weights_only).unwrap();
-        let mut plain = Dequantised(WeightSource { files: &files, placement: Placement::CPU_F32, loaded: &mut |_| {} });
-        assert_eq!(files.check(&manifest(&config)), [""; 0], "{name}");
-        let model = Transformer::new(&config, Placement::CPU_F32, 64, &mut plain).unwrap();
+        let model = dequantised(&config, &files);
         let error = relative_error(&logits(&model, &reference("input_ids")), &reference("logits_weights"));
         println!("{name}: {error:.1e}");
         assert!(error < if name == "int4" { 0.02 } else { 1e-5 }, "{name}: {error}");
     }
 }
 
-/// A source whose matrices are floats again.
-struct Dequantised<'a>(WeightSource<'a>);
-
-impl lacuna::model::Source for Dequantised<'_> {
-    type Error = lacuna::checkpoint::CheckpointError;
-
-    fn tensor(&mut self, spec: &TensorSpec) -> Result<Tensor, Self::Error> {
-        self.0.tensor(spec)
-    }
-
-    fn matrix(&mut self, spec: &TensorSpec) -> Result<Matrix, Self::Error> {
-        Ok(match self.0.matrix(spec)? {
-            Matrix::Quantized(matrix) => Matrix::Plain(matrix.dequantized(Kind::Float)?),
-            plain => plain,
-        })
-    }
-}
-
-/// As they run, with activations quantised where the checkpoint says so. Theirs and ours round numbers that differ in their last bits, and
-/// compared with the largest number their scale for int8 is 1 to 127.5, ours 1 to 127; so the two may be as far apart as half of what
-/// quantising activations changes at all.
+/// As they run, with activations quantised where the checkpoint says so. Floats of eight bits are the same; for int8 theirs make the largest
+/// number 127.5 codes, ours 127, as vLLM does, so that the two are as far apart as quantising activations changes anything at all.
+/// DeepSeek's blocks are not here: transformers keeps their activations on a CPU.
 #[test]
-fn products_of_other_tools_are_ours_within_the_rounding_of_activations() {
-    for name in FOLDERS {
+fn products_of_other_tools_are_ours() {
+    for name in FOLDERS.into_iter().filter(|name| *name != "deepseek") {
         let folder = fixture("quantized").join(name);
         let reference = tensors(&folder.join("reference.safetensors"));
         let (config, files) = open(&folder, |_| {}).unwrap();
         let ours = logits(&network(&config, &files).unwrap(), &reference("input_ids"));
-        let (error, effect) =
-            (relative_error(&ours, &reference("logits")), relative_error(&reference("logits"), &reference("logits_weights")));
+        let error = relative_error(&ours, &reference("logits"));
+        let effect = relative_error(&reference("logits"), &reference("logits_weights"));
         println!("{name}: {error:.1e}, activations {effect:.1e}");
-        assert!(error < 0.02_f64.max(effect * 1.5), "{name}: {error}, {effect}");
+        let tolerance = match name {
+            "int8" | "int4-rows" => 1.5 * effect,
+            "int4" => 0.02,
+            _ => 1e-5,
+        };
+        assert!(error < tolerance, "{name}: {error}, {effect}");
     }
 }
 
@@ -127,7 +76,7 @@ fn each_matrix_has_the_scheme_that_its_name_asks_for() {
     assert_eq!(counts, [("int4-group-16-weight-only".to_owned(), 13), ("int8-weight-only".to_owned(), 1)]);
 }
 
-/// DeepSeek's own kernel on a matrix of [140, 136] in blocks of 128.
+/// DeepSeek's own kernels: on a matrix of [140, 136] in blocks of 128, and a product in blocks of 32.
 #[test]
 fn ragged_blocks_are_deepseeks() {
     let files = WeightFiles::open(&fixture("quantized/blocks")).unwrap();
@@ -135,6 +84,10 @@ fn ragged_blocks_are_deepseeks() {
     let matrix = Quantized { scheme: Scheme::FP8_BLOCK, codes: reference("weight"), scales: reference("scale_inv") };
     let ours = matrix.dequantized(Kind::Float).unwrap().index_select(0, &reference("rows"));
     assert_eq!(ours, reference("values"));
+    let scheme = Scheme { sharing: Sharing::Block(32), activations: Activations::Groups(32), ..Scheme::FP8_BLOCK };
+    let matrix = Quantized { scheme, codes: reference("narrow"), scales: reference("narrow_scale_inv") };
+    let error = relative_error(&matrix.product(&reference("x")).unwrap(), &reference("product"));
+    assert!(error < 1e-6, "{error}");
 }
 
 /// DeepSeek-V3's kv_a_proj_with_mqa is the ragged one among its matrices.
@@ -148,7 +101,10 @@ fn scales_of_ragged_blocks_are_asked_for_by_their_shape() {
     let quantization = Quantization::from_json(&json, &config).unwrap().unwrap();
     let gate = projections(&config).into_iter().find(|spec| spec.shape == [576, 7168]).unwrap();
     let parts = quantization.form(&gate.name).unwrap().parts(&gate);
-    assert_eq!((parts[1].name.as_str(), &parts[1].shapes), ("model.layers.0.mlp.gate_proj.weight_scale_inv", &vec![vec![5, 56]]));
+    assert_eq!(
+        (parts[1].name.as_str(), &parts[1].shapes),
+        ("model.layers.0.mlp.gate_proj.weight_scale_inv", &vec![vec![5, 56]])
+    );
 }
 
 /// Changes one field of a group's part in the fixture `int8`.
@@ -165,16 +121,17 @@ fn what_cannot_be_read_is_refused_by_its_field() {
         let error = open(&fixture("quantized").join(name), change).map(drop).unwrap_err();
         assert!(error.starts_with("quantization_config") && error.contains(expected), "{expected}: {error}");
     };
-    fn boxed(
-        (name, change): (&'static str, impl FnOnce(&mut Value) + 'static),
-    ) -> (&'static str, Box<dyn FnOnce(&mut Value)>) {
+    fn boxed((name, change): (&'static str, impl FnOnce(&mut Value) + 'static)) -> (&'static str, Box<dyn FnOnce(&mut Value)>) {
         (name, Box::new(change))
     }
     let whole = |name: &'static str, field: &'static str, value: Value| {
         boxed((name, move |json: &mut Value| json["quantization_config"][field] = value))
     };
     let cases = [
-        (whole("int8", "quant_method", "gptq".into()), "quant_method = \"gptq\" cannot be read: compressed-tensors and fp8 can"),
+        (
+            whole("int8", "quant_method", "gptq".into()),
+            "quant_method = \"gptq\" cannot be read: compressed-tensors and fp8 can",
+        ),
         (whole("int8", "quant_method", Value::Null), "quant_method"),
         (whole("int8", "kv_cache_scheme", json!({"num_bits": 8})), "kv_cache_scheme cannot be read"),
         (whole("int8", "transform_config", json!({"config_groups": {"r1": {}}})), "transform_config"),
@@ -241,14 +198,36 @@ fn broken_tensors_are_named() {
         assert!(error.contains(&name("weight_scale")) && error.contains(told), "{value}: {error}");
     }
     let cases: Vec<(&str, Box<dyn FnOnce(&mut Vec<(String, Tensor)>)>, String)> = vec![
-        ("int8", Box::new(set("weight_scale", scales(1.0).view([1, 32]))), format!("{} has shape [1, 32], not [32, 1]", name("weight_scale"))),
-        ("int8", Box::new(set("weight", Tensor::zeros([32, 64], (Kind::Float, tch::Device::Cpu)))), format!("{} is of type F32: i8", name("weight"))),
-        ("int8", Box::new(|tensors| tensors.retain(|(name, _)| !name.ends_with("down_proj.weight_scale"))), format!("{} is missing", name("weight_scale"))),
-        ("int4", Box::new(set("weight_shape", Tensor::from_slice(&[32i64, 63]))), format!("{} says [32, 63], not [32, 64]", name("weight_shape"))),
-        ("int4", Box::new(set("weight_packed", Tensor::zeros([32, 7], (Kind::Int, tch::Device::Cpu)))), format!("{} has shape [32, 7], not [32, 8]", name("weight_packed"))),
         (
             "int8",
-            Box::new(|tensors| tensors.push(("model.layers.0.mlp.down_proj.weight_zero_point".into(), Tensor::from_slice(&[0i8])))),
+            Box::new(set("weight_scale", scales(1.0).view([1, 32]))),
+            format!("{} has shape [1, 32], not [32, 1]", name("weight_scale")),
+        ),
+        (
+            "int8",
+            Box::new(set("weight", Tensor::zeros([32, 64], (Kind::Float, tch::Device::Cpu)))),
+            format!("{} is of type F32: i8", name("weight")),
+        ),
+        (
+            "int8",
+            Box::new(|tensors| tensors.retain(|(name, _)| !name.ends_with("down_proj.weight_scale"))),
+            format!("{} is missing", name("weight_scale")),
+        ),
+        (
+            "int4",
+            Box::new(set("weight_shape", Tensor::from_slice(&[32i64, 63]))),
+            format!("{} says [32, 63], not [32, 64]", name("weight_shape")),
+        ),
+        (
+            "int4",
+            Box::new(set("weight_packed", Tensor::zeros([32, 7], (Kind::Int, tch::Device::Cpu)))),
+            format!("{} has shape [32, 7], not [32, 8]", name("weight_packed")),
+        ),
+        (
+            "int8",
+            Box::new(|tensors| {
+                tensors.push(("model.layers.0.mlp.down_proj.weight_zero_point".into(), Tensor::from_slice(&[0i8])))
+            }),
             format!("{} is unexpected", name("weight_zero_point")),
         ),
     ];
