@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::eval::likelihood::{Text, read, score_all};
 use super::eval::{SuiteName, TaskFlags};
-use super::load::{Loaded, RunOptions, open, progress};
+use super::load::{Loaded, RunOptions, Switch, open, progress};
 use crate::checkpoint::Checkpoint;
 use crate::compress::{self, Head, Plan, weights_file};
 use crate::eval::likelihood::MonteCarlo;
@@ -125,6 +125,7 @@ impl Options {
             device: self.device.clone(),
             dtype: None,
             quantize: None,
+            cuda_graphs: Switch::On,
             threads: self.threads,
             context: 4096,
         };

@@ -105,70 +105,66 @@ fn scales_of_ragged_blocks_are_asked_for_by_their_shape() {
     );
 }
 
-/// Changes one field of a group's part in the fixture `int8`.
-fn group(part: &'static str, field: &'static str, value: Value) -> (&'static str, impl FnOnce(&mut Value)) {
-    ("int8", move |json: &mut Value| {
-        let group = &mut json["quantization_config"]["config_groups"]["group_0"];
-        if part.is_empty() { group[field] = value } else { group[part][field] = value }
-    })
-}
-
 #[test]
 fn what_cannot_be_read_is_refused_by_its_field() {
-    let told = |(name, change): (&str, Box<dyn FnOnce(&mut Value)>), expected: &str| {
-        let error = open(&fixture("quantized").join(name), change).map(drop).unwrap_err();
-        assert!(error.starts_with("quantization_config") && error.contains(expected), "{expected}: {error}");
-    };
-    fn boxed((name, change): (&'static str, impl FnOnce(&mut Value) + 'static)) -> (&'static str, Box<dyn FnOnce(&mut Value)>) {
-        (name, Box::new(change))
-    }
-    let whole = |name: &'static str, field: &'static str, value: Value| {
-        boxed((name, move |json: &mut Value| json["quantization_config"][field] = value))
-    };
+    let whole = |field: &str| format!("/{field}");
+    let group = |field: &str| format!("/config_groups/group_0/{field}");
+    let (weights, inputs) =
+        (|field: &str| group(&format!("weights/{field}")), |field: &str| group(&format!("input_activations/{field}")));
     let cases = [
         (
-            whole("int8", "quant_method", "gptq".into()),
+            "int8",
+            whole("quant_method"),
+            json!("gptq"),
             "quant_method = \"gptq\" cannot be read: compressed-tensors and fp8 can",
         ),
-        (whole("int8", "quant_method", Value::Null), "quant_method"),
-        (whole("int8", "kv_cache_scheme", json!({"num_bits": 8})), "kv_cache_scheme cannot be read"),
-        (whole("int8", "transform_config", json!({"config_groups": {"r1": {}}})), "transform_config"),
-        (whole("int8", "sparsity_config", json!({"format": "sparse-24-bitmask"})), "sparsity_config"),
-        (whole("int8", "quantization_status", "frozen".into()), "quantization_status = \"frozen\""),
-        (whole("int8", "config_groups", json!([])), "config_groups cannot be read"),
-        (whole("int8", "config_groups", json!({"W8A8": ["Linear"]})), "config_groups.W8A8.weights.num_bits = null"),
-        (whole("int8", "ignore", "lm_head".into()), "ignore"),
-        (whole("int8", "ignore", json!(["re:(?!x).*"])), "ignore: pattern '(?!x).*' cannot be read"),
-        (whole("int8", "ignore", json!(["re:.*"])), "quantises no matrix"),
-        (boxed(group("", "targets", json!(["re:.*experts"]))), "quantises no matrix"),
-        (boxed(group("", "format", "marlin-24".into())), "format = \"marlin-24\""),
-        (boxed(group("", "format", "float-quantized".into())), "format = \"float-quantized\" for"),
-        (boxed(group("", "output_activations", json!({"num_bits": 8}))), "output_activations"),
-        (boxed(group("weights", "num_bits", 2.into())), "weights.num_bits = 2 cannot be read: 4 and 8 bits of int can"),
-        (boxed(group("weights", "type", "nf".into())), "weights.type = \"nf\""),
-        (boxed(group("weights", "symmetric", false.into())), "weights.symmetric = false"),
-        (boxed(group("weights", "actorder", "group".into())), "weights.actorder = \"group\""),
-        (boxed(group("weights", "dynamic", true.into())), "weights.dynamic = true"),
-        (boxed(group("weights", "strategy", "tensor_group".into())), "weights.strategy = \"tensor_group\""),
-        (boxed(group("weights", "strategy", "group".into())), "weights.group_size = null"),
-        (boxed(group("input_activations", "dynamic", false.into())), "input_activations.dynamic = false"),
-        (boxed(group("input_activations", "symmetric", false.into())), "input_activations.symmetric = false"),
-        (boxed(group("input_activations", "strategy", "tensor".into())), "input_activations.strategy = \"tensor\""),
-        (boxed(group("input_activations", "num_bits", 4.into())), "input_activations.num_bits = 4"),
-        (whole("deepseek", "fmt", "e5m2".into()), "fmt = \"e5m2\""),
-        (whole("deepseek", "activation_scheme", "static".into()), "activation_scheme = \"static\""),
-        (whole("deepseek", "scale_fmt", "ue8m0".into()), "scale_fmt = \"ue8m0\""),
-        (whole("deepseek", "weight_block_size", Value::Null), "weight_block_size = null"),
-        (whole("deepseek", "weight_block_size", json!([128, 64])), "weight_block_size = [128,64]"),
-        (whole("deepseek", "weight_block_size", json!([0, 0])), "weight_block_size = [0,0]"),
+        ("int8", whole("quant_method"), json!(null), "quant_method"),
+        ("int8", whole("kv_cache_scheme"), json!({"num_bits": 8}), "kv_cache_scheme cannot be read"),
+        ("int8", whole("transform_config"), json!({"config_groups": {"r1": {}}}), "transform_config"),
+        ("int8", whole("sparsity_config"), json!({"format": "sparse-24-bitmask"}), "sparsity_config"),
+        ("int8", whole("quantization_status"), json!("frozen"), "quantization_status = \"frozen\""),
+        ("int8", whole("config_groups"), json!([]), "config_groups cannot be read"),
+        ("int8", whole("config_groups"), json!({"W8A8": ["Linear"]}), "config_groups.W8A8.weights.num_bits = null"),
+        ("int8", whole("ignore"), json!("lm_head"), "ignore"),
+        ("int8", whole("ignore"), json!(["re:(?!x).*"]), "ignore: pattern '(?!x).*' cannot be read"),
+        ("int8", whole("ignore"), json!(["re:.*"]), "quantises no matrix"),
+        ("int8", group("targets"), json!(["re:.*experts"]), "quantises no matrix"),
+        ("int8", group("format"), json!("marlin-24"), "format = \"marlin-24\""),
+        ("int8", group("format"), json!("float-quantized"), "format = \"float-quantized\" for"),
+        ("int8", group("output_activations"), json!({"num_bits": 8}), "output_activations"),
+        ("int8", weights("num_bits"), json!(2), "weights.num_bits = 2 cannot be read: 4 and 8 bits of int can"),
+        ("int8", weights("type"), json!("nf"), "weights.type = \"nf\""),
+        ("int8", weights("symmetric"), json!(false), "weights.symmetric = false"),
+        ("int8", weights("actorder"), json!("group"), "weights.actorder = \"group\""),
+        ("int8", weights("dynamic"), json!(true), "weights.dynamic = true"),
+        ("int8", weights("strategy"), json!("tensor_group"), "weights.strategy = \"tensor_group\""),
+        ("int8", weights("strategy"), json!("group"), "weights.group_size = null"),
+        ("int8", inputs("dynamic"), json!(false), "input_activations.dynamic = false"),
+        ("int8", inputs("symmetric"), json!(false), "input_activations.symmetric = false"),
+        ("int8", inputs("strategy"), json!("tensor"), "input_activations.strategy = \"tensor\""),
+        ("int8", inputs("num_bits"), json!(4), "input_activations.num_bits = 4"),
+        ("deepseek", whole("fmt"), json!("e5m2"), "fmt = \"e5m2\""),
+        ("deepseek", whole("activation_scheme"), json!("static"), "activation_scheme = \"static\""),
+        ("deepseek", whole("scale_fmt"), json!("ue8m0"), "scale_fmt = \"ue8m0\""),
+        ("deepseek", whole("weight_block_size"), json!(null), "weight_block_size = null"),
+        ("deepseek", whole("weight_block_size"), json!([128, 64]), "weight_block_size = [128,64]"),
+        ("deepseek", whole("weight_block_size"), json!([0, 0]), "weight_block_size = [0,0]"),
     ];
-    for (case, expected) in cases {
-        told(case, expected);
+    for (name, field, value, told) in cases {
+        let change = |json: &mut Value| {
+            let (object, field) = field.rsplit_once('/').unwrap();
+            json["quantization_config"].pointer_mut(object).unwrap()[field] = value;
+        };
+        let error = open(&fixture("quantized").join(name), change).map(drop).unwrap_err();
+        assert!(error.starts_with("quantization_config") && error.contains(told), "{told}: {error}");
     }
 }
 
+type Tensors = Vec<(String, Tensor)>;
+type Change = Box<dyn FnOnce(&mut Tensors)>;
+
 /// A copy of a fixture with its tensors changed.
-fn broken(name: &str, change: impl FnOnce(&mut Vec<(String, Tensor)>)) -> String {
+fn broken(name: &str, change: impl FnOnce(&mut Tensors)) -> String {
     let folder = tempfile::tempdir().unwrap();
     let from = fixture("quantized").join(name);
     std::fs::copy(from.join("config.json"), folder.path().join("config.json")).unwrap();
@@ -183,7 +179,7 @@ fn broken(name: &str, change: impl FnOnce(&mut Vec<(String, Tensor)>)) -> String
 fn broken_tensors_are_named() {
     let name = |ending: &str| format!("model.layers.0.mlp.down_proj.{ending}");
     let set = |ending: &'static str, value: Tensor| {
-        move |tensors: &mut Vec<(String, Tensor)>| {
+        move |tensors: &mut Tensors| {
             let at = tensors.iter().position(|(other, _)| *other == format!("model.layers.0.mlp.down_proj.{ending}")).unwrap();
             tensors[at].1 = value;
         }
@@ -195,7 +191,7 @@ fn broken_tensors_are_named() {
         let error = broken("int8", set("weight_scale", one));
         assert!(error.contains(&name("weight_scale")) && error.contains(told), "{value}: {error}");
     }
-    let cases: Vec<(&str, Box<dyn FnOnce(&mut Vec<(String, Tensor)>)>, String)> = vec![
+    let cases: Vec<(&str, Change, String)> = vec![
         (
             "int8",
             Box::new(set("weight_scale", scales(1.0).view([1, 32]))),

@@ -74,30 +74,30 @@ fn wrong_codes(codes: &Tensor, of: Codes) -> Result<Option<&'static str>, TchErr
 
 /// Words of 32 bits, the first code in the lowest ones, as codes of so many bits (4 or 8): they are kept with half their range added.
 fn unpack(words: &Tensor, bits: u32, columns: i64) -> Result<Tensor, TchError> {
-    let rows = words.size()[0];
+    let (rows, _) = words.size2()?;
     let bytes = words.f_contiguous()?.f_view_dtype(Kind::Uint8)?;
-    let codes = match bits {
-        4 => Tensor::f_stack(&[bytes.f_bitwise_and(15)?, bytes.f_bitwise_right_shift_tensor_scalar(4)?], -1)?
-            .f_view([rows, -1])?,
-        _ => bytes,
-    };
-    let codes = codes.f_narrow(1, 0, columns)?.f_to_kind(Kind::Int)?.f_sub_scalar(1 << (bits - 1))?;
-    codes.f_to_kind(Kind::Int8)?.f_contiguous()
+    let whole = |bytes: Tensor| bytes.f_narrow(1, 0, columns)?.f_contiguous();
+    match bits {
+        4 => {
+            let pairs = Tensor::f_stack(&[bytes.f_bitwise_and(15)?, bytes.f_bitwise_right_shift_tensor_scalar(4)?], -1)?;
+            whole(pairs.f_view([rows, -1])?)?.f_view_dtype(Kind::Int8)?.f_sub_scalar(8)
+        }
+        _ => whole(bytes)?.f_bitwise_xor(128)?.f_view_dtype(Kind::Int8),
+    }
 }
 
 /// The reverse; a row's last word is filled up with zeros.
 fn pack(codes: &Tensor, bits: u32) -> Result<Tensor, TchError> {
     let (rows, columns) = codes.size2()?;
     let word = i64::from(32 / bits);
-    let codes = codes.f_to_kind(Kind::Int)?.f_add_scalar(1 << (bits - 1))?.f_to_kind(Kind::Uint8)?;
-    let codes = codes.f_constant_pad_nd([0, (word - columns % word) % word])?;
+    let whole = |bytes: Tensor| bytes.f_constant_pad_nd([0, (word - columns % word) % word])?.f_contiguous();
     let bytes = match bits {
         4 => {
-            let pairs = codes.f_view([rows, -1, 2])?;
+            let pairs = whole(codes.f_add_scalar(8)?.f_view_dtype(Kind::Uint8)?)?.f_view([rows, -1, 2])?;
             let high = pairs.f_select(2, 1)?.f_bitwise_left_shift_tensor_scalar(4)?;
             pairs.f_select(2, 0)?.f_bitwise_or_tensor(&high)?
         }
-        _ => codes,
+        _ => whole(codes.f_contiguous()?.f_view_dtype(Kind::Uint8)?.f_bitwise_xor(128)?)?,
     };
     bytes.f_contiguous()?.f_view_dtype(Kind::Int)
 }
