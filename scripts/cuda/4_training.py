@@ -38,7 +38,7 @@ def main():
     arguments.add_argument("--batch", type=int, default=128)
     args = arguments.parse_args()
     run = Run("4_training", args)
-    sizes = ["--batch", 4, "--layers", 1, "--hidden-size", 64, "--heads", 2] if run.dry else ["--batch", args.batch]
+    sizes = ["--batch", 4, "--layers", 1, "--hidden-size", 64, "--heads", 2, "--dtype", "f32"] if run.dry else ["--batch", args.batch]
     budget = ["--steps", 20] if run.dry else ["--minutes", args.minutes]
     found, rows = {"runs": []}, []
     model = run.out.resolve() / "nano-trained"
@@ -56,7 +56,7 @@ def main():
         split(model)
     heads = run.out.resolve() / "redrafter-trained"
     shutil.rmtree(heads, ignore_errors=True)
-    budget = ["--steps", 5, "--texts", 16, "--batch", 4] if run.dry else ["--minutes", args.drafter_minutes]
+    budget = ["--steps", 5, "--texts", 16, "--batch", 4, "--length", 16] if run.dry else ["--minutes", args.drafter_minutes]
     if run.time_for("draft heads", 60) and run.call("train", "drafter", "--teacher", "models/nano-ar", "--kind", "redrafter", "--layers", 1,
                                                     "--out", heads, "--seed", 1, *budget):
         told = curve(heads)
