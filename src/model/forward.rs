@@ -57,6 +57,9 @@ pub(super) enum Sight<'a> {
     Ancestors(&'a [usize]),
 }
 
+/// Tokens, the angles of their positions, and which rows attend together.
+type Ready<'a> = (Tensor, (Tensor, Tensor), Vec<Share<'a>>);
+
 impl Transformer {
     /// Final hidden states (after the last norm) of all segments' tokens in order, `[rows, hidden]`. Their keys are written to their
     /// caches; [`KvCache::keep`] then says which stay.
@@ -103,12 +106,7 @@ impl Transformer {
     }
 
     /// Brings tokens, positions and what rows see to the device in one copy: tokens, angles, and which rows attend together.
-    fn ready<'a>(
-        &self,
-        tokens: Vec<i64>,
-        positions: &[usize],
-        plans: &[Plan<'a>],
-    ) -> Result<(Tensor, (Tensor, Tensor), Vec<Share<'a>>), ModelError> {
+    fn ready<'a>(&self, tokens: Vec<i64>, positions: &[usize], plans: &[Plan<'a>]) -> Result<Ready<'a>, ModelError> {
         let rows = tokens.len() as i64;
         let mut numbers = tokens;
         numbers.extend(positions.iter().map(|position| *position as i64));

@@ -157,7 +157,7 @@ impl Ledger {
     }
 
     /// Each window's statistics, in no order: one copy from the device for all. Numbers that are not finite are an error of their window.
-    pub fn read(self) -> Result<Vec<(usize, Result<Vec<RowStatistics>, ModelError>)>, ModelError> {
+    pub fn read(self) -> Result<Vec<Known<Checked>>, ModelError> {
         let mut found = self.known;
         if !self.tables.is_empty() {
             let all = Tensor::f_cat(&self.tables, 0)?.f_to_device(Device::Cpu)?;
@@ -179,8 +179,14 @@ impl Ledger {
     }
 }
 
+/// Something of the window of this index.
+pub type Known<T> = (usize, T);
+
+/// A window's statistics, unless one of them is no number.
+pub type Checked = Result<Vec<RowStatistics>, ModelError>;
+
 /// Each row by itself, where our kernels run. `parts` are those of the logits, side by side.
-fn rows_apart(logits: &Tensor, parts: &[Part]) -> Result<Option<Vec<(usize, Vec<RowStatistics>)>>, ModelError> {
+fn rows_apart(logits: &Tensor, parts: &[Part]) -> Result<Option<Vec<Known<Vec<RowStatistics>>>>, ModelError> {
     if !kernels::in_use() || logits.device() != Device::Cpu {
         return Ok(None);
     }
@@ -230,13 +236,13 @@ mod tests {
                 row.alternatives.iter().filter(|(_, p)| p.is_finite()).map(|(token, _)| *token).collect::<Vec<_>>()
             };
             let asked = (conditions.sampling, conditions.noise);
-            assert_eq!((ours.token, inside(ours)), (theirs.token, inside(&theirs)), "{asked:?}");
+            assert_eq!((ours.token, inside(ours)), (theirs.token, inside(theirs)), "{asked:?}");
             let numbers = |row: &RowStatistics| {
                 let logarithms = row.alternatives.iter().map(|(_, logarithm)| *logarithm);
                 [row.confidence, row.margin, row.entropy].into_iter().chain(logarithms).collect::<Vec<_>>()
             };
             let alike = |(a, b): (f64, f64)| a == b || (a - b).abs() <= 2e-6 * (1.0 + a.abs());
-            assert!(numbers(ours).into_iter().zip(numbers(&theirs)).all(alike), "{ours:?}, {theirs:?}: {asked:?}");
+            assert!(numbers(ours).into_iter().zip(numbers(theirs)).all(alike), "{ours:?}, {theirs:?}: {asked:?}");
         }
         Ok(ours.clone())
     }

@@ -302,7 +302,7 @@ struct Maxima<'a> {
 impl Kernel for Maxima<'_> {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, _: usize, _: usize) {
-        self.found.borrow_mut().extend(self.numbers.chunks(GROUP).map(|group| most(group)));
+        self.found.borrow_mut().extend(self.numbers.chunks(GROUP).map(most));
     }
 }
 
