@@ -27,7 +27,7 @@ pub struct Options {
     /// Folder to write
     #[arg(value_name = "DIR")]
     folder: PathBuf,
-    /// int8 (inputs of products as well), int8-weight-only, int4 (weights only), int4-dynamic (inputs in int8), fp8 (inputs as well) or fp8-block (DeepSeek's)
+    /// int8 (inputs of products as well, 64 at a time), int8-dynamic (each input by itself, as most tools do it), int8-weight-only, int4 (weights only), int4-dynamic (inputs in int8), fp8 (inputs as well) or fp8-block (DeepSeek's)
     #[arg(long, value_name = "SCHEME")]
     to: Scheme,
     /// Weights of int4 that share a scale [default: the largest of 128, 64 and 32 that divides every matrix]

@@ -82,7 +82,12 @@ impl Plan {
         }
         let mut scheme = scheme;
         if let Sharing::Group(_) = scheme.sharing {
-            scheme.sharing = Sharing::Group(group_length(config, group)?);
+            let length = group_length(config, group)?;
+            scheme.sharing = Sharing::Group(length);
+            // Their groups are those of the weights, for their sums to be.
+            if let Activations::Groups(_) = scheme.activations {
+                scheme.activations = Activations::Groups(length);
+            }
         } else if group.is_some() {
             return Err(format!("--group goes with int4: {scheme} has none"));
         }
@@ -135,8 +140,11 @@ impl Plan {
 
 /// A head of eight bits beside matrices of a scheme.
 fn head_scheme(scheme: Scheme) -> Scheme {
-    let activations = if scheme.activations == Activations::Kept { Activations::Kept } else { Activations::Rows };
-    Scheme { activations, ..Scheme::INT8 }
+    match scheme.activations {
+        Activations::Kept => Scheme::INT8_WEIGHT_ONLY,
+        Activations::Rows => Scheme::INT8_DYNAMIC,
+        Activations::Groups(_) => Scheme::INT8,
+    }
 }
 
 /// A scale of few weights is stored in 16 bits as they would be; those of many are few, and exact.

@@ -115,9 +115,15 @@ fn quantization(plan: &Plan, head: &str) -> Value {
         });
         let inputs = match scheme.activations {
             Activations::Kept => Value::Null,
-            _ => json!({
-                "num_bits": 8, "type": kind, "symmetric": true, "strategy": "token", "group_size": null, "dynamic": true,
-            }),
+            dynamic => {
+                let (strategy, length) = match dynamic {
+                    Activations::Groups(length) => ("group", json!(length)),
+                    _ => ("token", Value::Null),
+                };
+                json!({
+                    "num_bits": 8, "type": kind, "symmetric": true, "strategy": strategy, "group_size": length, "dynamic": true,
+                })
+            }
         };
         json!({
             "format": format, "targets": targets, "weights": weights, "input_activations": inputs, "output_activations": null,

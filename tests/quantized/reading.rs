@@ -63,8 +63,8 @@ fn each_matrix_has_the_scheme_that_its_name_asks_for() {
     assert_eq!(scheme(&int4, "model.embed_tokens.weight"), None);
     let rows = Scheme { codes: Codes::Int4, sharing: Sharing::Row, activations: Activations::Kept };
     assert_eq!(scheme(&of("int4-rows"), &layer(0, "mlp.down_proj")), Some(rows));
-    assert_eq!(scheme(&of("int4-rows"), "lm_head.weight"), Some(Scheme::INT8));
-    assert_eq!(scheme(&of("int8"), &layer(0, "mlp.up_proj")), Some(Scheme::INT8));
+    assert_eq!(scheme(&of("int4-rows"), "lm_head.weight"), Some(Scheme::INT8_DYNAMIC));
+    assert_eq!(scheme(&of("int8"), &layer(0, "mlp.up_proj")), Some(Scheme::INT8_DYNAMIC));
     assert_eq!(scheme(&of("int8-weights"), &layer(0, "self_attn.v_proj")), None);
     assert_eq!(scheme(&of("int8-weights"), &layer(0, "self_attn.k_proj")), Some(Scheme::INT8_WEIGHT_ONLY));
     assert_eq!(scheme(&of("fp8-tensor"), &layer(0, "mlp.up_proj")), Some(Scheme::FP8));
