@@ -23,11 +23,15 @@ const UNEVEN: f64 = 1.3;
 static SHARED_CACHE: LazyLock<u64> = LazyLock::new(|| shared_cache().unwrap_or(0));
 
 impl Transformer {
+    /// Whether the cache that the cores share keeps all weights from one forward to the next.
+    pub(super) fn stays_in_cache(&self) -> bool {
+        self.weight_bytes as u64 <= *SHARED_CACHE
+    }
+
     /// Which segments are to be run by themselves, in even shares for all cores; `None` where they are too few, too small or too uneven to go separate ways.
     pub(super) fn shares(&self, segments: &[Segment]) -> Option<Vec<Vec<usize>>> {
         let threads = tch::get_num_threads().max(1) as usize;
-        let small = self.weight_bytes as u64 <= *SHARED_CACHE;
-        if threads == 1 || segments.len() < threads || !small || !self.rows_are_independent() {
+        if threads == 1 || segments.len() < threads || !self.stays_in_cache() || !self.rows_are_independent() {
             return None;
         }
         let rows: Vec<usize> = segments.iter().map(|segment| segment.tokens.len()).collect();
@@ -111,8 +115,8 @@ mod tests {
             // Where it is known to pay, it is done.
             crate::tensor::set_threads(2);
             let chosen = run(&|segments| {
-                let small = model.weight_bytes as u64 <= *super::SHARED_CACHE;
-                assert_eq!(model.shares(segments).is_some(), small && model.rows_are_independent());
+                let pays = model.stays_in_cache() && model.rows_are_independent();
+                assert_eq!(model.shares(segments).is_some(), pays);
                 model.forward(segments).unwrap()
             });
             assert!(apart.equal(&chosen), "{dtype:?}");

@@ -212,6 +212,9 @@ impl Transformer {
         let config = config.clone();
         let mut model = Self { config, placement, embedding, layers, norm, head, rotary, weight_bytes: 0, graphs: None };
         model.weight_bytes = model.bytes();
+        if !model.stays_in_cache() {
+            model.linears().for_each(Linear::read_from_memory);
+        }
         Ok(model)
     }
 
@@ -251,6 +254,14 @@ impl Transformer {
     /// Has forwards of few rows replayed from [`Graphs`].
     pub fn use_graphs(&mut self, graphs: Graphs) {
         self.graphs = Some(graphs);
+    }
+
+    fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let head = if let Head::Quantized(head) = &mut self.head { Some(head) } else { None };
+        fn of(layer: &mut Layer) -> [&mut Linear; 4] {
+            [&mut layer.qkv, &mut layer.output, &mut layer.gate_up, &mut layer.down]
+        }
+        self.layers.iter_mut().flat_map(of).chain(head)
     }
 
     fn bytes(&self) -> usize {

@@ -44,6 +44,10 @@ impl Product for Integers {
     fn bytes(&self) -> usize {
         Integers::bytes(self)
     }
+
+    fn read_from_memory(&mut self) {
+        Integers::read_from_memory(self);
+    }
 }
 
 /// Weights that are widened, and rows that are rounded first where the scheme says so.
@@ -66,5 +70,9 @@ impl Product for Widened {
 
     fn bytes(&self) -> usize {
         self.weight.bytes()
+    }
+
+    fn read_from_memory(&mut self) {
+        self.weight.read_from_memory();
     }
 }

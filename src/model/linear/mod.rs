@@ -29,6 +29,9 @@ trait Product: Send {
 
     /// Bytes that it holds.
     fn bytes(&self) -> usize;
+
+    /// Told once of a model whose weights no cache keeps.
+    fn read_from_memory(&mut self) {}
 }
 
 /// Makes a product of a quantised matrix, if it can.
@@ -62,6 +65,10 @@ impl Linear {
 
     pub fn scheme(&self) -> Option<Scheme> {
         self.scheme
+    }
+
+    pub fn read_from_memory(&mut self) {
+        self.weight.read_from_memory();
     }
 
     /// Bytes of weights and bias.
@@ -180,6 +187,10 @@ impl Product for Packed {
 
     fn bytes(&self) -> usize {
         Packed::bytes(self)
+    }
+
+    fn read_from_memory(&mut self) {
+        Packed::read_from_memory(self);
     }
 }
 

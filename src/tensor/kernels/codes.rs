@@ -11,7 +11,7 @@ use std::ops::Range;
 use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
-use super::strips::{Part, Strips};
+use super::strips::{Part, Strips, ask_ahead};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -42,6 +42,8 @@ pub struct Narrow {
     /// Lines of 32 bytes, or of 16 where two inputs share a byte, interleaved by `strips`.
     data: Tensor,
     strips: Strips,
+    /// Whether weights come from memory each time.
+    from_memory: bool,
     /// `[panels, groups, 16]`.
     scales: Tensor,
     /// Inputs of a group.
@@ -96,7 +98,21 @@ impl Narrow {
             if cut > 1 { scales.f_repeat_interleave_self_int(cut as i64, 1, None::<i64>)? } else { scales.shallow_clone() };
         let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
         let scales = scales.f_view([panels, panel, -1])?.f_transpose(1, 2)?.f_contiguous()?;
-        Ok(Some(Self { form, data, strips, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
+        Ok(Some(Self {
+            form,
+            data,
+            strips,
+            from_memory: false,
+            scales,
+            group,
+            inputs: inputs as usize,
+            outputs: outputs as usize,
+        }))
+    }
+
+    /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
+    pub fn read_from_memory(&mut self) {
+        self.from_memory = true;
     }
 
     /// Bytes held.
@@ -123,6 +139,7 @@ impl Narrow {
             input: input.data_ptr().cast(),
             weight: self.data.data_ptr().cast(),
             strips: self.strips,
+            from_memory: self.from_memory,
             scales: self.scales.data_ptr().cast(),
             groups: self.scales.size()[1] as usize,
             group: self.group / 2,
@@ -145,6 +162,7 @@ struct Product {
     input: *const f32,
     weight: *const u8,
     strips: Strips,
+    from_memory: bool,
     scales: *const f32,
     groups: usize,
     /// Pairs of a group.
@@ -269,6 +287,9 @@ impl Product {
                     let mut w = [C::pair(line); P];
                     for (p, w) in w.iter_mut().enumerate().skip(1) {
                         *w = C::pair(line.add(p * C::BYTES));
+                    }
+                    if M == 1 && self.from_memory {
+                        (0..P).for_each(|p| ask_ahead(line.wrapping_add(p * C::BYTES)));
                     }
                     for (m, sums) in sums.iter_mut().enumerate() {
                         let x = input.add(2 * (m * self.pairs + pair));

@@ -12,7 +12,7 @@ use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
 use super::product::{Format, PAIRED, Single, Wide};
-use super::strips::{Part, Strips};
+use super::strips::{Part, Strips, ask_ahead};
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -33,6 +33,8 @@ pub struct Packed {
     /// Lines of sixteen numbers, or of sixteen pairs, interleaved by `strips`.
     data: Tensor,
     strips: Strips,
+    /// Whether weights come from memory each time.
+    from_memory: bool,
     kind: Kind,
     inputs: usize,
     outputs: usize,
@@ -55,7 +57,20 @@ impl Packed {
         let lines =
             full.f_view([panels, panel, units, unit])?.f_permute([0, 2, 1, 3])?.f_reshape([panels, units, panel * unit])?;
         let data = strips.interleave(&lines)?;
-        Ok(Some(Self { data, strips, kind: weight.kind(), inputs: inputs as usize, outputs: outputs as usize, paired }))
+        Ok(Some(Self {
+            data,
+            strips,
+            from_memory: false,
+            kind: weight.kind(),
+            inputs: inputs as usize,
+            outputs: outputs as usize,
+            paired,
+        }))
+    }
+
+    /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
+    pub fn read_from_memory(&mut self) {
+        self.from_memory = true;
     }
 
     /// Bytes held.
@@ -88,6 +103,7 @@ impl Packed {
             input: input.data_ptr(),
             weight: self.data.data_ptr(),
             strips: self.strips,
+            from_memory: self.from_memory,
             out: out.data_ptr(),
             rows,
             inputs: self.inputs.next_multiple_of(unit),
@@ -113,6 +129,7 @@ impl Packed {
             input: if self.paired { narrow.as_ptr().cast() } else { x.as_ptr().cast() },
             weight: self.data.data_ptr(),
             strips: self.strips,
+            from_memory: self.from_memory,
             out: out.as_mut_ptr().cast(),
             rows,
             inputs: self.inputs,
@@ -133,6 +150,7 @@ struct Product {
     input: *const std::ffi::c_void,
     weight: *const std::ffi::c_void,
     strips: Strips,
+    from_memory: bool,
     /// `[rows, outputs]` in the weight's type.
     out: *mut std::ffi::c_void,
     rows: usize,
@@ -260,6 +278,9 @@ impl Product {
                 for (p, w) in w.iter_mut().enumerate().skip(1) {
                     *w = F::weight(line.add(p * F::STEP));
                 }
+                if M == 1 && self.from_memory {
+                    (0..P).for_each(|p| ask_ahead(line.wrapping_add(p * F::STEP)));
+                }
                 for (m, sums) in sums.iter_mut().enumerate() {
                     let x = F::spread(input.add(m * self.inputs + unit * F::UNIT));
                     for (sum, w) in sums.iter_mut().zip(w) {
@@ -371,6 +392,7 @@ mod tests {
             input: x.data_ptr(),
             weight: packed.data.data_ptr(),
             strips: packed.strips,
+            from_memory: false,
             out: out.data_ptr(),
             rows: 13,
             inputs: 301,

@@ -33,6 +33,23 @@ pub struct Part {
     pub from: usize,
 }
 
+/// How far ahead of what is used weights are asked for, in bytes.
+const AHEAD: usize = 2048;
+
+/// Asks for the line that lies [`AHEAD`] of this one, for one use: it is not to displace what is kept in the caches. It helps where
+/// weights come from memory, and harms where a cache has them (docs/LOG.md).
+#[inline(always)]
+pub fn ask_ahead<T>(line: *const T) {
+    // SAFETY: a hint, which does nothing where there is no such memory.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_NTA>(line.cast::<i8>().wrapping_add(AHEAD));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
 impl Part {
     /// The first one's place among all panels.
     pub fn panel(&self) -> usize {
