@@ -55,7 +55,8 @@ fn what_is_written_means_the_same_to_transformers() {
         let running = relative_error(&last(logits(&network(&config, &files).unwrap(), &ids)), &theirs("logits"));
         let effect = relative_error(&theirs("logits"), &theirs("logits_weights"));
         println!("{name}: weights {error:.1e}, running {running:.1e}, activations {effect:.1e}");
-        let tolerance = if matches!(*name, "int8" | "int8-dynamic" | "int4-dynamic") { 1.5 * effect } else { 1e-4 };
+        // The largest number is 127 codes here and 127.5 there: either is as far from the other as from no rounding at all.
+        let tolerance = if matches!(*name, "int8" | "int8-dynamic" | "int4-dynamic") { 2e-2 } else { 1e-4 };
         assert!(error < 1e-5 && running < tolerance, "{name}: {error}, {running}");
     }
 }
