@@ -71,8 +71,10 @@ const TIMED: (f64, f64) = (0.1, 3.0);
 const PLAIN_EVERY: usize = 64;
 /// Plain steps before the first draft of all.
 const PLAIN_FIRST: usize = 4;
-/// Tokens of a text's first draft, and beyond what no draft need grow.
-const FIRST: usize = 3;
+/// Tokens of a text's first draft, how many times as long the next may be when all of it was right, and beyond what no draft need grow. One
+/// token tells a text that the drafter does not know for the least cost, and two that are right make up for it.
+const FIRST: usize = 1;
+const GROWTH: usize = 4;
 const LONGEST: usize = 1 << 10;
 /// Plain steps after drafts on end of which nothing was right: four, and twice as many each time, so often.
 const WRONG_PAUSE: usize = 5;
@@ -284,7 +286,7 @@ impl Adaptation {
         } else {
             self.wrong = 0;
             if path.len() > tree.depth() {
-                self.longest = (2 * self.longest).min(LONGEST);
+                self.longest = (GROWTH * self.longest).min(LONGEST);
             }
         }
         let newest = NEWEST.max(1.0 / (self.drafts as f64 + 2.0));
