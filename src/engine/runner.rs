@@ -296,7 +296,7 @@ pub fn round(
     .collect()
 }
 
-/// Which of the asks run together: in order, as many as [`ROWS_MAX`] allows, and by itself whatever wants to be.
+/// Which of the asks run together: in order, as many as `ROWS_MAX` allows, and by itself whatever wants to be.
 pub fn forwards(model: &Transformer, asks: &[Ask]) -> Vec<Range<usize>> {
     let alone = |ask: &Ask| ask.window.alone && !model.rows_are_independent();
     let mut forwards: Vec<Range<usize>> = vec![];

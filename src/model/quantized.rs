@@ -2,7 +2,7 @@
 //! code times its scale; codes are symmetric, so that 0 is 0.
 //!
 //! A [`Scheme`] says how; [`Quantized`] is one matrix of a checkpoint, or one made of floats when a model is loaded ([`Quantizing`]).
-//! How a product with it is computed is left to [`super::linear`]; how it lies in files, to [`crate::checkpoint`].
+//! How a product with it is computed is left to [`mod@super::linear`]; how it lies in files, to [`crate::checkpoint`].
 
 use std::fmt;
 use std::str::FromStr;

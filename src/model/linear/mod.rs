@@ -1,6 +1,6 @@
 //! Projections: a product with a weight matrix, in whichever form the weight has, and a bias.
 //!
-//! A form of weights is one [`Product`] and one line in [`FORMS`]. Those of fewer bits are tried in order: one that knows the scheme and
+//! A form of weights is one `Product` and one line in `FORMS`. Those of fewer bits are tried in order: one that knows the scheme and
 //! the device shows on a few rows that it computes what the scheme says ([`Quantized::product`]) before it is trusted; where none
 //! does, the weights become floats again when they are loaded.
 

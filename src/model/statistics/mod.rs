@@ -1,6 +1,6 @@
 //! From logits to what decoding needs: chosen token, confidence, margin and entropy of each wanted row.
 //!
-//! On the CPU each [`row`] is done by itself, by kernels of our own; elsewhere libtorch makes a [`table`] on the device for rows that
+//! On the CPU each `row` is done by itself, by kernels of our own; elsewhere libtorch makes a `table` on the device for rows that
 //! are asked the same, and all tables of a forward are copied at once. Neither makes an f32 copy of all logits (guidance, which mixes
 //! two sets of logits first, does). Sums of probabilities are taken in f64: two confidences of 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
 

@@ -3,7 +3,7 @@
 //!
 //! So a vector of the weight meets one broadcast number of the input and sums of sixteen outputs grow side by side, with nothing to
 //! add up across lanes in the end, as `product` must with a weight as it lies. Several such panels are gone through together, and so
-//! they lie interleaved ([`super::strips`]). Each sum runs over the inputs in order, in
+//! they lie interleaved (`strips`). Each sum runs over the inputs in order, in
 //! blocks of `BLOCK`: a result depends on its own row and output alone, whatever is computed beside it.
 
 use std::ops::Range;

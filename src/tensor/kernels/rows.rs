@@ -158,7 +158,7 @@ impl Slope {
     }
 }
 
-/// Σ w of each [`BLOCK`] in order, and Σ w · ln w of all.
+/// Σ w of each `BLOCK` in order, and Σ w · ln w of all.
 pub struct Sums {
     pub blocks: Vec<f64>,
     pub total: f64,
