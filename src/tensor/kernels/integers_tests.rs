@@ -1,0 +1,125 @@
+//! Products of whole numbers, held to their definition.
+
+use super::*;
+use tch::Device;
+
+fn random(shape: &[i64], kind: Kind) -> Tensor {
+    Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+}
+
+fn weight(width: Width, outputs: i64, inputs: i64, group: i64) -> (Tensor, Tensor) {
+    let (low, high) = if width == Width::Eight { (-127, 128) } else { (-8, 8) };
+    let codes = Tensor::randint_low(low, high, [outputs, inputs], (Kind::Int8, Device::Cpu));
+    (codes, Tensor::rand([outputs, (inputs + group - 1) / group], (Kind::Float, Device::Cpu)) / 100.0)
+}
+
+/// What it should come to, in f64, with rows rounded in groups of so many numbers.
+fn expected(x: &Tensor, codes: &Tensor, scales: &Tensor, group: i64, apart: i64) -> Tensor {
+    let (rows, inputs) = x.size2().unwrap();
+    let x = x.to_kind(Kind::Float).constant_pad_nd([0, (apart - inputs % apart) % apart]).view([rows, -1, apart]);
+    let scale = x.abs().amax(-1, true) / 127.0;
+    let divisor = scale.where_self(&scale.gt(0.0), &scale.ones_like());
+    let rounded = (&x / divisor).round().to_kind(Kind::Double) * scale.to_kind(Kind::Double);
+    let rounded = rounded.reshape([rows, -1]).narrow(1, 0, inputs);
+    let scales = scales.to_kind(Kind::Double).repeat_interleave_self_int(group, 1, None::<i64>).narrow(1, 0, inputs);
+    rounded.matmul(&(codes.to_kind(Kind::Double) * scales).transpose(0, 1))
+}
+
+const SHAPES: [(i64, i64, i64, i64); 8] = [
+    (1, 64, 10, 64),
+    (3, 17, 5, 17),
+    (4, 576, 131, 64),
+    (7, 256, 944, 256),
+    (32, 100, 33, 32),
+    (90, 1536, 35, 1536),
+    (2, 704, 256, 128),
+    (1, 256, 300, 256),
+];
+
+#[test]
+fn products_are_those_of_the_rounded_numbers() {
+    for (width, kind) in [(Width::Eight, Kind::Float), (Width::Eight, Kind::BFloat16), (Width::Four, Kind::Float)] {
+        for ((rows, inputs, outputs, group), apart) in SHAPES.into_iter().flat_map(|shape| [(shape, false), (shape, true)]) {
+            let ((codes, scales), x) = (weight(width, outputs, inputs, group), random(&[rows, inputs], kind));
+            // Groups of a row's numbers are those of the weights, unless an output has one scale.
+            let apart = apart.then_some(if group == inputs { 32 } else { group });
+            let weight = Integers::of(width, &codes, &scales, group as usize, apart.map(|apart| apart as usize));
+            let ours = weight.unwrap().unwrap().product(&x).unwrap().unwrap();
+            assert_eq!(ours.kind(), kind);
+            let exact = expected(&x, &codes, &scales, group, apart.unwrap_or(inputs));
+            let error = f64::try_from((ours.to_kind(Kind::Double) - &exact).abs().max() / exact.abs().max()).unwrap();
+            let tolerance = if kind == Kind::Float { 1e-6 } else { 5e-3 };
+            assert!(error < tolerance, "{width:?} {kind:?} {rows} x {inputs} x {outputs}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_those_beside_it() {
+    for (width, inputs, outputs, group) in
+        [(Width::Eight, 200, 301, 200), (Width::Eight, 1536, 48, 64), (Width::Four, 601, 130, 64), (Width::Four, 256, 300, 256)]
+    {
+        let ((codes, scales), x) = (weight(width, outputs, inputs, group), random(&[300, inputs], Kind::Float));
+        let weight = Integers::of(width, &codes, &scales, group as usize, None).unwrap().unwrap();
+        let product = |first: i64, rows: i64| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap();
+        let alone: Vec<Tensor> = (0..300).map(|row| product(row, 1)).collect();
+        for (threads, rows) in [(1, 300), (2, 300), (3, 299), (2, 87), (5, 13), (1, 6), (2, 5), (1, 3), (2, 2)] {
+            crate::tensor::set_threads(threads);
+            let first = (300 - rows) / 2;
+            let expected = Tensor::cat(&alone[first as usize..(first + rows) as usize], 0);
+            assert!(product(first, rows).equal(&expected), "{width:?}: {rows} rows of {inputs} on {threads} threads");
+        }
+    }
+}
+
+/// With the instruction and without.
+#[test]
+fn every_kind_of_sum_gives_the_same() {
+    let weights = Tensor::randint(256, [3 * 40 * 64], (Kind::Uint8, Device::Cpu));
+    let input = Tensor::randint_low(-127, 128, [5 * 320], (Kind::Int8, Device::Cpu));
+    let (scales, sums, weight_scales) = ([0.5f32; 10], [3i32; 10], [0.25f32; 96]);
+    for width in [Width::Eight, Width::Four] {
+        let run = |generic: bool| {
+            let out = Tensor::zeros([5, 41], (Kind::Float, Device::Cpu));
+            let product = Product {
+                width,
+                input: input.data_ptr().cast(),
+                input_scales: scales.as_ptr(),
+                input_sums: sums.as_ptr(),
+                weight: weights.data_ptr().cast(),
+                strips: Strips::of(3),
+                from_memory: true,
+                weight_scales: weight_scales.as_ptr(),
+                scaled: true,
+                out: out.data_ptr(),
+                half: false,
+                rows: 5,
+                lines: 40,
+                groups: 2,
+                group: 20,
+                outputs: 41,
+            };
+            unsafe { if generic { product.run::<[i32; LANES]>(0, 1) } else { launch(&product, false) } };
+            out
+        };
+        assert!(run(true).equal(&run(false)), "{width:?}");
+    }
+}
+
+#[test]
+fn what_is_no_plain_case_is_left_alone_and_broken_rows_show() {
+    let (codes, scales) = weight(Width::Eight, 8, 16, 16);
+    let of = |codes: &Tensor, scales: &Tensor, group: usize| Integers::of(Width::Eight, codes, scales, group, None).unwrap();
+    assert!(of(&codes.to_kind(Kind::Float), &scales, 16).is_none(), "another type");
+    assert!(of(&codes, &scales.narrow(0, 0, 7), 16).is_none(), "scales that do not fit");
+    assert!(of(&codes, &Tensor::ones([8, 4], (Kind::Float, Device::Cpu)), 4).is_none(), "groups of part of a line");
+    let weight = of(&codes, &scales, 16).unwrap();
+    assert!(weight.product(&random(&[1, 15], Kind::Float)).unwrap().is_none(), "sizes that do not fit");
+    assert!(weight.product(&random(&[1, 16], Kind::Double)).unwrap().is_none(), "another type");
+    assert_eq!(weight.product(&random(&[0, 16], Kind::Float)).unwrap().unwrap().size(), [0, 8], "no rows");
+    for broken in [f32::NAN, f32::INFINITY] {
+        let x = Tensor::cat(&[Tensor::from_slice(&[broken]), Tensor::zeros([31], (Kind::Float, Device::Cpu))], 0).view([2, 16]);
+        let out = weight.product(&x).unwrap().unwrap();
+        assert!(out.get(0).isnan().all().int64_value(&[]) == 1 && f64::try_from(out.get(1).abs().max()).unwrap() == 0.0);
+    }
+}
