@@ -21,7 +21,6 @@ pub mod pointwise;
 mod product;
 pub mod rows;
 mod strips;
-mod sums;
 
 use std::ffi::{c_uint, c_void};
 use std::panic::AssertUnwindSafe;
