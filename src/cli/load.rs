@@ -117,14 +117,13 @@ impl RunOptions {
 
     /// Bytes of all weights; of what is quantised here, without its scales.
     fn weight_bytes(&self, config: &ModelConfig, dtype: Dtype) -> u64 {
-        let embedding = (config.vocab_size * config.hidden_size) as u64;
-        let others = config.parameters() as u64 - embedding;
-        let others = match self.quantize.map(|scheme| scheme.codes) {
-            None => others * dtype.size() as u64,
-            Some(Codes::Int8 | Codes::E4m3) => others,
-            Some(Codes::Int4) => others / 2,
-        };
-        embedding * dtype.size() as u64 + others
+        let (all, embedding) = (config.parameters() as u64, (config.vocab_size * config.hidden_size) as u64);
+        let Some(scheme) = self.quantize else { return all * dtype.size() as u64 };
+        // The head has weights of its own then, of eight bits, also where it was the embedding.
+        let head = embedding;
+        let others = all - embedding - if config.tied { 0 } else { head };
+        let others = if scheme.codes == Codes::Int4 { others / 2 } else { others };
+        embedding * dtype.size() as u64 + others + head
     }
 
     /// Where its draft heads are, if it has any.
@@ -265,4 +264,30 @@ pub fn steps(verb: &'static str, count: usize) -> ProgressBar {
     let bar = ProgressBar::new(count as u64).with_prefix(verb);
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The sum by headers alone is what the loaded network then holds, but for scales and padding.
+    #[test]
+    fn what_is_said_to_be_needed_is_what_is_held() {
+        let checkpoint = open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano")).unwrap();
+        for scheme in [None, Some(Scheme::INT8), Some(Scheme::INT8_WEIGHT_ONLY), Some(Scheme::INT4), Some(Scheme::FP8)] {
+            let run = RunOptions {
+                drafters: None,
+                device: "cpu".into(),
+                dtype: None,
+                quantize: scheme,
+                cuda_graphs: Switch::On,
+                threads: 1,
+                context: 64,
+            };
+            let placement = run.placement(&checkpoint).unwrap();
+            let said = run.need(&checkpoint, placement).weights as f64;
+            let held = checkpoint.load_as(scheme, placement, 64, &mut |_| {}).unwrap().weight_bytes() as f64;
+            assert!((0.85..1.02).contains(&(said / held)), "{scheme:?}: {said} and {held}");
+        }
+    }
 }

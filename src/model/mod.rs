@@ -226,7 +226,7 @@ impl Transformer {
         self.placement
     }
 
-    /// How the projections' weights came, if not as floats.
+    /// How the projections' weights are held, if not as floats.
     pub fn quantization(&self) -> Option<Scheme> {
         self.layers.first().and_then(|layer| layer.down.scheme())
     }

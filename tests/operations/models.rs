@@ -27,6 +27,18 @@ fn of(model: &str, cells: u64) -> GenerateRequest {
     GenerateRequest { model: model.into(), ..request(cells) }
 }
 
+/// Whoever asks is told how weights are held, and what they take.
+#[tokio::test(flavor = "multi_thread")]
+async fn quantised_weights_are_told() {
+    let (plain, narrow) = (Server::start(&["--threads", "1"]), Server::start(&["--threads", "1", "--quantize", "int8"]));
+    let (plain, channel) = (plain.channel().await, narrow.channel().await);
+    let (plain, narrow) = (list(&mut ModelsClient::new(plain)).await, list(&mut ModelsClient::new(channel.clone())).await);
+    let (plain, told) = (&plain.models[0], &narrow.models[0]);
+    assert_eq!((plain.quantization.as_str(), told.quantization.as_str(), told.dtype.as_str()), ("", "int8", "f32"));
+    assert!(told.weight_bytes < plain.weight_bytes / 3, "{} and {}", told.weight_bytes, plain.weight_bytes);
+    assert_eq!(finish(begin(channel, of("nano", 8)).await.expect("it begins")).await.expect("and ends"), 8);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn models_come_and_go_under_traffic() {
     let mut server = Server::start(&["--model-folder", "models", "--threads", "1"]);

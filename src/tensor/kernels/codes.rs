@@ -42,8 +42,6 @@ pub struct Narrow {
     /// Lines of 32 bytes, or of 16 where two inputs share a byte, interleaved by `strips`.
     data: Tensor,
     strips: Strips,
-    /// Whether weights come from memory each time.
-    from_memory: bool,
     /// `[panels, groups, 16]`.
     scales: Tensor,
     /// Inputs of a group.
@@ -98,21 +96,12 @@ impl Narrow {
             if cut > 1 { scales.f_repeat_interleave_self_int(cut as i64, 1, None::<i64>)? } else { scales.shallow_clone() };
         let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
         let scales = scales.f_view([panels, panel, -1])?.f_transpose(1, 2)?.f_contiguous()?;
-        Ok(Some(Self {
-            form,
-            data,
-            strips,
-            from_memory: false,
-            scales,
-            group,
-            inputs: inputs as usize,
-            outputs: outputs as usize,
-        }))
+        Ok(Some(Self { form, data, strips, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
     }
 
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
     pub fn read_from_memory(&mut self) {
-        self.from_memory = true;
+        self.strips.read_from_memory();
     }
 
     /// Bytes held.
@@ -139,7 +128,6 @@ impl Narrow {
             input: input.data_ptr().cast(),
             weight: self.data.data_ptr().cast(),
             strips: self.strips,
-            from_memory: self.from_memory,
             scales: self.scales.data_ptr().cast(),
             groups: self.scales.size()[1] as usize,
             group: self.group / 2,
@@ -162,7 +150,6 @@ struct Product {
     input: *const f32,
     weight: *const u8,
     strips: Strips,
-    from_memory: bool,
     scales: *const f32,
     groups: usize,
     /// Pairs of a group.
@@ -288,7 +275,7 @@ impl Product {
                     for (p, w) in w.iter_mut().enumerate().skip(1) {
                         *w = C::pair(line.add(p * C::BYTES));
                     }
-                    if M == 1 && self.from_memory {
+                    if M == 1 && part.strip.from_memory {
                         (0..P).for_each(|p| ask_ahead(line.wrapping_add(p * C::BYTES)));
                     }
                     for (m, sums) in sums.iter_mut().enumerate() {
@@ -343,6 +330,7 @@ pub(super) unsafe fn write<T: Stored>(out: *mut T, values: [f32; LANES], count: 
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::alike;
     use super::*;
     use tch::Device;
 
@@ -400,16 +388,12 @@ mod tests {
     fn a_row_does_not_depend_on_those_beside_it() {
         for form in FORMS {
             for (inputs, outputs, group) in [(200, 301, 64), (1536, 48, 1536), (601, 130, 601)] {
-                let ((codes, scales), x) = (weight(form, outputs, inputs, group), random(&[200, inputs], Kind::Float));
+                let ((codes, scales), x) = (weight(form, outputs, inputs, group), random(&[300, inputs], Kind::Float));
                 let weight = Narrow::of(form, &codes, &scales, group as usize).unwrap().unwrap();
-                let product = |first: i64, rows: i64| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap();
-                let alone: Vec<Tensor> = (0..200).map(|row| product(row, 1)).collect();
-                for (threads, rows) in [(1, 200), (2, 200), (3, 199), (2, 87), (5, 13), (1, 6), (2, 5), (1, 3), (2, 2)] {
-                    crate::tensor::set_threads(threads);
-                    let first = (200 - rows) / 2;
-                    let expected = Tensor::cat(&alone[first as usize..(first + rows) as usize], 0);
-                    assert!(product(first, rows).equal(&expected), "{form:?}: {rows} rows of {inputs} on {threads} threads");
-                }
+                alike(
+                    &|first, rows| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap(),
+                    &format!("{form:?}, {inputs} inputs"),
+                );
             }
         }
     }

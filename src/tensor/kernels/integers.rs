@@ -60,8 +60,6 @@ pub struct Integers {
     /// Lines of 64 bytes, interleaved by `strips`.
     data: Tensor,
     strips: Strips,
-    /// Whether weights come from memory each time.
-    from_memory: bool,
     /// `[panels, groups, 16]`, or `[panels, 1, 16]` where an output has one.
     scales: Tensor,
     /// Inputs of a group, whose sum is by itself.
@@ -114,22 +112,12 @@ impl Integers {
         let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
         let scales = scales.f_view([panels, panel, groups])?.f_transpose(1, 2)?.f_contiguous()?;
         let (group, apart) = (wanted.min(length as usize).next_multiple_of(line), apart.is_some());
-        Ok(Some(Self {
-            width,
-            data,
-            strips,
-            from_memory: false,
-            scales,
-            group,
-            apart,
-            inputs: inputs as usize,
-            outputs: outputs as usize,
-        }))
+        Ok(Some(Self { width, data, strips, scales, group, apart, inputs: inputs as usize, outputs: outputs as usize }))
     }
 
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
     pub fn read_from_memory(&mut self) {
-        self.from_memory = true;
+        self.strips.read_from_memory();
     }
 
     /// Bytes held.
@@ -171,7 +159,6 @@ impl Integers {
             input_sums: sums.as_ptr(),
             weight: self.data.data_ptr().cast(),
             strips: self.strips,
-            from_memory: self.from_memory,
             weight_scales: self.scales.data_ptr().cast(),
             scaled: self.scales.size()[1] > 1,
             out: out.data_ptr(),
@@ -286,7 +273,6 @@ struct Product {
     /// Lines of 64 bytes, interleaved, and `[panels, groups, 16]` where groups are `scaled` each, else `[panels, 16]`.
     weight: *const u8,
     strips: Strips,
-    from_memory: bool,
     weight_scales: *const f32,
     scaled: bool,
     /// `[rows, outputs]`, in bf16 or f32.
@@ -555,7 +541,7 @@ impl Product {
                     for (p, w) in w.iter_mut().enumerate().skip(1) {
                         *w = S::line(from.add(p * LINE));
                     }
-                    if M == 1 && self.from_memory {
+                    if M == 1 && part.strip.from_memory {
                         (0..P).for_each(|p| ask_ahead(from.wrapping_add(p * LINE)));
                     }
                     if HALVES {

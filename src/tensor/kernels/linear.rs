@@ -105,6 +105,7 @@ pub fn row(matrix: &Tensor, index: usize, out: &mut [f32]) -> Option<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::alike;
     use super::*;
     use tch::Device;
 
@@ -133,15 +134,10 @@ mod tests {
         for kind in [Kind::Float, Kind::BFloat16] {
             for (inputs, outputs) in [(200, 301), (1536, 48)] {
                 let (x, weight) = (random(&[300, inputs], kind), random(&[outputs, inputs], kind));
-                let alone: Vec<Tensor> =
-                    (0..300).map(|row| linear(&x.narrow(0, row, 1), &weight, None).unwrap().unwrap()).collect();
-                for (threads, rows) in [(1, 300), (2, 300), (3, 299), (2, 87), (5, 13), (1, 6), (2, 5), (1, 3), (2, 2)] {
-                    crate::tensor::set_threads(threads);
-                    let first = (300 - rows) / 2;
-                    let together = linear(&x.narrow(0, first, rows), &weight, None).unwrap().unwrap();
-                    let expected = Tensor::cat(&alone[first as usize..(first + rows) as usize], 0);
-                    assert!(together.equal(&expected), "{kind:?}: {rows} rows of {inputs} on {threads} threads");
-                }
+                alike(
+                    &|first, rows| linear(&x.narrow(0, first, rows), &weight, None).unwrap().unwrap(),
+                    &format!("{kind:?}, {inputs} inputs"),
+                );
             }
         }
     }

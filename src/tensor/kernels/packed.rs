@@ -33,8 +33,6 @@ pub struct Packed {
     /// Lines of sixteen numbers, or of sixteen pairs, interleaved by `strips`.
     data: Tensor,
     strips: Strips,
-    /// Whether weights come from memory each time.
-    from_memory: bool,
     kind: Kind,
     inputs: usize,
     outputs: usize,
@@ -57,20 +55,12 @@ impl Packed {
         let lines =
             full.f_view([panels, panel, units, unit])?.f_permute([0, 2, 1, 3])?.f_reshape([panels, units, panel * unit])?;
         let data = strips.interleave(&lines)?;
-        Ok(Some(Self {
-            data,
-            strips,
-            from_memory: false,
-            kind: weight.kind(),
-            inputs: inputs as usize,
-            outputs: outputs as usize,
-            paired,
-        }))
+        Ok(Some(Self { data, strips, kind: weight.kind(), inputs: inputs as usize, outputs: outputs as usize, paired }))
     }
 
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
     pub fn read_from_memory(&mut self) {
-        self.from_memory = true;
+        self.strips.read_from_memory();
     }
 
     /// Bytes held.
@@ -103,7 +93,6 @@ impl Packed {
             input: input.data_ptr(),
             weight: self.data.data_ptr(),
             strips: self.strips,
-            from_memory: self.from_memory,
             out: out.data_ptr(),
             rows,
             inputs: self.inputs.next_multiple_of(unit),
@@ -129,7 +118,6 @@ impl Packed {
             input: if self.paired { narrow.as_ptr().cast() } else { x.as_ptr().cast() },
             weight: self.data.data_ptr(),
             strips: self.strips,
-            from_memory: self.from_memory,
             out: out.as_mut_ptr().cast(),
             rows,
             inputs: self.inputs,
@@ -150,7 +138,6 @@ struct Product {
     input: *const std::ffi::c_void,
     weight: *const std::ffi::c_void,
     strips: Strips,
-    from_memory: bool,
     /// `[rows, outputs]` in the weight's type.
     out: *mut std::ffi::c_void,
     rows: usize,
@@ -278,7 +265,7 @@ impl Product {
                 for (p, w) in w.iter_mut().enumerate().skip(1) {
                     *w = F::weight(line.add(p * F::STEP));
                 }
-                if M == 1 && self.from_memory {
+                if M == 1 && part.strip.from_memory {
                     (0..P).for_each(|p| ask_ahead(line.wrapping_add(p * F::STEP)));
                 }
                 for (m, sums) in sums.iter_mut().enumerate() {
@@ -321,6 +308,7 @@ impl Product {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::alike;
     use super::*;
     use tch::Device;
 
@@ -369,14 +357,10 @@ mod tests {
             for (inputs, outputs) in [(200, 301), (1536, 48), (601, 130)] {
                 let (x, weight) = (random(&[300, inputs], kind), random(&[outputs, inputs], kind));
                 let weight = Packed::of(&weight).unwrap().unwrap();
-                let product = |first: i64, rows: i64| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap();
-                let alone: Vec<Tensor> = (0..300).map(|row| product(row, 1)).collect();
-                for (threads, rows) in [(1, 300), (2, 300), (3, 299), (2, 87), (5, 13), (1, 6), (2, 5), (1, 3), (2, 2)] {
-                    crate::tensor::set_threads(threads);
-                    let first = (300 - rows) / 2;
-                    let expected = Tensor::cat(&alone[first as usize..(first + rows) as usize], 0);
-                    assert!(product(first, rows).equal(&expected), "{kind:?}: {rows} rows of {inputs} on {threads} threads");
-                }
+                alike(
+                    &|first, rows| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap(),
+                    &format!("{kind:?}, {inputs} inputs"),
+                );
             }
         }
     }
@@ -392,7 +376,6 @@ mod tests {
             input: x.data_ptr(),
             weight: packed.data.data_ptr(),
             strips: packed.strips,
-            from_memory: false,
             out: out.data_ptr(),
             rows: 13,
             inputs: 301,

@@ -17,6 +17,7 @@ const WIDE_MIN: usize = 3;
 pub struct Strips {
     panels: usize,
     wide: usize,
+    from_memory: bool,
 }
 
 /// Panels side by side.
@@ -24,6 +25,8 @@ pub struct Strips {
 pub struct Strip {
     pub first: usize,
     pub wide: usize,
+    /// Whether its lines are asked for ahead of their use.
+    pub from_memory: bool,
 }
 
 /// Some panels of a strip, from one of them on.
@@ -64,7 +67,12 @@ impl Strips {
         let longest = |wide: &usize| panels.div_ceil(*wide).div_ceil(threads) * wide;
         // Of five, three rows of registers would be left over.
         let wide = (WIDE_MIN..=WIDE_MAX).rev().filter(|wide| *wide != 5).min_by_key(longest).unwrap_or(WIDE_MAX);
-        Self { panels, wide }
+        Self { panels, wide, from_memory: false }
+    }
+
+    /// Has lines asked for ahead of their use: no cache keeps them from one product to the next.
+    pub fn read_from_memory(&mut self) {
+        self.from_memory = true;
     }
 
     /// A thread's part of them.
@@ -72,7 +80,7 @@ impl Strips {
         let strips = self.panels.div_ceil(self.wide);
         (strips * thread / threads..strips * (thread + 1) / threads).map(move |strip| {
             let first = strip * self.wide;
-            Strip { first, wide: self.wide.min(self.panels - first) }
+            Strip { first, wide: self.wide.min(self.panels - first), from_memory: self.from_memory }
         })
     }
 
@@ -100,8 +108,8 @@ mod tests {
     #[test]
     fn strips_leave_even_shares_and_none_out() {
         crate::tensor::set_threads(2);
-        for (panels, wide) in [(36, 6), (60, 6), (192, 6), (16, 4), (3072, 6), (1, 6)] {
-            let strips = Strips { panels, wide: if panels == 1 { 6 } else { Strips::of(panels).wide } };
+        for (panels, wide) in [(36, 6), (60, 6), (192, 6), (16, 4), (3072, 6), (1, 3)] {
+            let strips = Strips::of(panels);
             assert_eq!(strips.wide, wide, "{panels}");
             for threads in 1..=5 {
                 let all: Vec<Strip> = (0..threads).flat_map(|thread| strips.share(thread, threads)).collect();
@@ -117,7 +125,7 @@ mod tests {
 
     #[test]
     fn lines_lie_side_by_side() {
-        let strips = Strips { panels: 5, wide: 3 };
+        let strips = Strips { panels: 5, wide: 3, from_memory: false };
         let panels = Tensor::arange(5 * 2 * 4, (tch::Kind::Int64, tch::Device::Cpu)).view([5, 2, 4]);
         let lines: Vec<i64> = Vec::try_from(&strips.interleave(&panels).unwrap()).unwrap();
         let first: Vec<i64> = lines.chunks(4).map(|line| line[0] / 4).collect();
