@@ -60,6 +60,23 @@ pub struct Lane {
     pub commit_share: f64,
     /// Prompts whose text is plain decoding's.
     pub same_text: usize,
+    pub by_prompt: Vec<OfPrompt>,
+}
+
+/// What one prompt came to: medians over the rounds.
+#[derive(Clone, Debug, Serialize)]
+pub struct OfPrompt {
+    pub prompt: String,
+    /// Behind the first, which prefill yields; and the milliseconds that they took.
+    pub tokens: usize,
+    pub plain_milliseconds: f64,
+    pub milliseconds: f64,
+    /// Of each round, plain decoding's time by this one's.
+    pub speedup: f64,
+    /// Of the last round.
+    pub forwards: usize,
+    pub drafts: usize,
+    pub accepted_tokens: usize,
 }
 
 /// Cost of one forward of several tokens.
@@ -234,11 +251,14 @@ fn speed(run: &Run) -> Option<f64> {
 }
 
 fn figures(prompts: &[String], plain: &[Vec<Run>], runs: &[Vec<Run>]) -> Lane {
-    let ratios = plain.iter().zip(runs).enumerate().filter_map(|(at, (plain, runs))| {
-        let ratios: Vec<f64> = plain.iter().zip(runs).filter_map(|(p, r)| Some(speed(r)? / speed(p)?)).collect();
-        (!ratios.is_empty()).then(|| (at, median(ratios)))
-    });
-    let least = ratios.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((0, 0.0));
+    let by_prompt: Vec<OfPrompt> = prompts
+        .iter()
+        .zip(plain.iter().zip(runs))
+        .filter_map(|(prompt, (plain, runs))| of_prompt(prompt, plain, runs))
+        .collect();
+    let least = by_prompt.iter().min_by(|a, b| a.speedup.total_cmp(&b.speedup));
+    let (speedup_least, speedup_least_prompt) =
+        least.map_or((0.0, String::new()), |least| (least.speedup, least.prompt.clone()));
     let all = || runs.iter().flatten();
     let mut drafts = Speculation::default();
     all().filter_map(|run| run.usage.speculation.as_ref()).for_each(|found| drafts.add(found));
@@ -249,8 +269,8 @@ fn figures(prompts: &[String], plain: &[Vec<Run>], runs: &[Vec<Run>]) -> Lane {
         whole_tokens_per_second: rate(runs, whole),
         whole_speedup: rate(runs, whole) / rate(plain, whole).max(1e-9),
         speedup: rate(runs, behind_first) / rate(plain, behind_first).max(1e-9),
-        speedup_least: least.1,
-        speedup_least_prompt: prompts.get(least.0).cloned().unwrap_or_default(),
+        speedup_least,
+        speedup_least_prompt,
         acceptance_length: drafts.acceptance_length(),
         acceptance_by_position: drafts.acceptance_by_position(),
         drafts: drafts.drafts,
@@ -261,7 +281,26 @@ fn figures(prompts: &[String], plain: &[Vec<Run>], runs: &[Vec<Run>]) -> Lane {
         verify_share: share(|usage| usage.verifying),
         commit_share: share(|usage| usage.committing),
         same_text: plain.iter().zip(runs).filter(|(plain, runs)| runs.iter().all(|run| run.text == plain[0].text)).count(),
+        by_prompt,
     }
+}
+
+/// `None` for a text of one token.
+fn of_prompt(prompt: &str, plain: &[Run], runs: &[Run]) -> Option<OfPrompt> {
+    let ratios: Vec<f64> = plain.iter().zip(runs).filter_map(|(p, r)| Some(speed(r)? / speed(p)?)).collect();
+    let (usage, milliseconds) =
+        (&runs.last()?.usage, |runs: &[Run]| 1e3 * median(runs.iter().map(|run| behind_first(run).1).collect()));
+    let drafts = usage.speculation.as_ref();
+    (!ratios.is_empty()).then(|| OfPrompt {
+        prompt: prompt.into(),
+        tokens: usage.generated_tokens.saturating_sub(1),
+        plain_milliseconds: milliseconds(plain),
+        milliseconds: milliseconds(runs),
+        speedup: median(ratios),
+        forwards: usage.forwards.model(),
+        drafts: drafts.map_or(0, |drafts| drafts.drafts),
+        accepted_tokens: drafts.map_or(0, |drafts| drafts.accepted),
+    })
 }
 
 fn median(mut numbers: Vec<f64>) -> f64 {

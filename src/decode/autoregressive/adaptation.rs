@@ -1,8 +1,9 @@
 //! How much to draft: as much as pays, by what forwards cost on this device and by how many drafts were accepted so far.
 //!
 //! A draft of width `w` and length `l` yields `τ = 1 + Σ_k survival[w][k]` tokens, where `survival[w][k]` is the share of drafts
-//! whose first `k` tokens were right within the first `w` beams, and costs one forward of its nodes and the drafter's own work. The
-//! best shape is that with most tokens a second; where plain decoding is better, nothing is drafted, and a small draft now and
+//! whose first `k` tokens were right within the first `w` beams, and costs one forward of its nodes and the drafter's own work.
+//! Drafts have all lengths, and what would have followed a short one that was right is not known: so survival is the product of the
+//! shares right at each depth among those that came so far (Kaplan and Meier's estimator). The best shape is that with most tokens a second; where plain decoding is better, nothing is drafted, and a small draft now and
 //! then looks whether that still holds. Within a shape, a drafter that knows how sure it is leaves out what promises less than it costs
 //! ([`Adaptation::least`]): texts that it does not know cost little, and those that it does get long drafts. Costs are data: measured
 //! before the first draft, and corrected by what forwards and drafts then take ([`Adaptation::timed`]), since a machine is seldom as
@@ -78,8 +79,6 @@ const GROWTH: usize = 4;
 const LONGEST: usize = 1 << 10;
 /// Plain steps after drafts on end of which nothing was right: four, and twice as many each time, so often.
 const WRONG_PAUSE: usize = 5;
-/// Further tokens in a forward take at least this share of a plain step, for measuring by.
-const LEAST_COST: f64 = 0.01;
 /// No candidate need be surer than this.
 const LEAST_MAX: f64 = 0.5;
 /// A drafter's time that is worth sparing, by a plain step's.
@@ -93,15 +92,17 @@ const LOOK: Shape = Shape { width: 1, length: 2 };
 #[derive(Clone, Debug)]
 pub struct Adaptation {
     costs: Arc<Costs>,
-    /// Seconds of a forward of one token; and of the further tokens in the last ones, as timed and as measured.
+    /// Seconds of a forward of one token; and what forwards of several take beyond what was measured.
     plain: f64,
-    further: (f64, f64),
+    beyond: f64,
     /// What drafts take, by what they took when they were measured.
     drafting: f64,
     /// Steps since the last plain one.
     since_plain: usize,
     plain_steps: usize,
-    /// `[width - 1][k - 1]`: share of drafts accepted to depth `k` within the first `width` beams.
+    /// `[width - 1][k - 1]`: share of drafts accepted to depth `k` within the first `width` beams, of those accepted to `k - 1`.
+    right: Vec<Vec<f64>>,
+    /// Likewise, of all drafts: what follows from `right`.
     survival: Vec<Vec<f64>>,
     /// Likewise, share of drafts that had a token at depth `k` at all: a drafter that is not sure stops early.
     offered: Vec<Vec<f64>>,
@@ -125,20 +126,20 @@ impl Adaptation {
     /// Before anything has been seen: each further token is expected to be right with probability `prior`. `limit` is the largest
     /// shape that will be asked about.
     pub fn new(costs: Arc<Costs>, limit: Shape, prior: f64) -> Self {
-        let reaching =
-            |from: i32| vec![(from..from + limit.length as i32).map(|depth| prior.powi(depth)).collect(); limit.width];
+        let offered = vec![(0..limit.length as i32).map(|depth| prior.powi(depth)).collect(); limit.width];
+        let right = vec![vec![prior; limit.length]; limit.width];
         let plain = costs.verify(1.0);
-        let further = (costs.verify(8.0) - plain).max(LEAST_COST * plain);
         let (drafting, since_plain, plain_steps) = (1.0, 0, 0);
         Self {
             costs,
             plain,
-            further: (further, further),
+            beyond: 0.0,
             drafting,
             since_plain,
             plain_steps,
-            survival: reaching(1),
-            offered: reaching(0),
+            survival: survival(&right),
+            right,
+            offered,
             packed: 0.8,
             gain: 1.0,
             empty: 0,
@@ -164,11 +165,12 @@ impl Adaptation {
                 *mine += weight * (theirs - *mine);
             }
         };
-        shares(&mut self.survival, &other.survival);
+        shares(&mut self.right, &other.right);
         shares(&mut self.offered, &other.offered);
+        self.survival = survival(&self.right);
         self.packed += weight * (other.packed - self.packed);
         // Costs are the machine's, not the text's: the newest count.
-        (self.plain, self.further, self.drafting) = (other.plain, other.further, other.drafting);
+        (self.plain, self.beyond, self.drafting) = (other.plain, other.beyond, other.drafting);
         (self.since_plain, self.plain_steps) = (other.since_plain, other.plain_steps);
     }
 
@@ -187,9 +189,7 @@ impl Adaptation {
             self.plain += weight * (seconds - self.plain);
         } else {
             self.since_plain += 1;
-            let measured = (self.costs.verify(nodes as f64) - self.costs.verify(1.0)).max(LEAST_COST * self.plain);
-            self.further.0 += TIMED.0 * ((seconds - self.plain).max(0.0) - self.further.0);
-            self.further.1 += TIMED.0 * (measured - self.further.1);
+            self.beyond += TIMED.0 * (seconds - self.costs.verify(nodes as f64) - self.beyond);
         }
     }
 
@@ -202,8 +202,10 @@ impl Adaptation {
         self.drafting += TIMED.0 * (ratio - self.drafting);
     }
 
+    /// Seconds of a forward of several tokens: what each adds is as measured, and the whole as timed. (By a factor, noise in what few
+    /// tokens add would be multiplied for many.)
     fn verify(&self, nodes: f64) -> f64 {
-        self.plain + self.further.0 / self.further.1.max(1e-12) * (self.costs.verify(nodes) - self.costs.verify(1.0))
+        if nodes <= 1.0 { self.plain } else { (self.costs.verify(nodes) + self.beyond).max(self.plain) }
     }
 
     /// Tokens that a draft of `shape` is expected to yield.
@@ -297,26 +299,39 @@ impl Adaptation {
         }
         for beams in 1..=width {
             let right = path[1..].iter().take_while(|node| tree.ranks()[**node] < beams).count();
-            // Where a whole draft was right, nothing is known of what would have followed it, unless the drafter knew no more.
-            let known = if right >= asked.length { right } else { usize::MAX };
             let nodes = tree.ranks().iter().zip(tree.depths()).filter(|(rank, _)| **rank < beams);
             let depth = nodes.map(|(_, depth)| *depth).max().unwrap_or(0);
             let moved = |share: &mut f64, yes: bool| *share += newest * (f64::from(u8::from(yes)) - *share);
-            let shares = self.survival[beams - 1].iter_mut().zip(&mut self.offered[beams - 1]);
-            for (at, (survival, offered)) in shares.enumerate().take(known) {
-                moved(survival, at < right);
-                if at < asked.length {
-                    moved(offered, at < depth);
-                }
+            // What would have followed a token that was wrong, or the last, is not known.
+            for (at, share) in self.right[beams - 1].iter_mut().enumerate().take(asked.length.min(right + 1)) {
+                moved(share, at < right);
+            }
+            for (at, share) in self.offered[beams - 1].iter_mut().enumerate().take(asked.length) {
+                moved(share, at < depth);
             }
         }
-        // More beams are right at least as often.
-        for beams in 1..self.survival.len() {
-            for at in 0..self.survival[beams].len() {
-                self.survival[beams][at] = self.survival[beams][at].max(self.survival[beams - 1][at]);
-            }
-        }
+        self.survival = survival(&self.right);
     }
+}
+
+/// The share of drafts that come to each depth, from the shares that come from one to the next; more beams are right at least as often.
+fn survival(right: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let mut all: Vec<Vec<f64>> = Vec::with_capacity(right.len());
+    for shares in right {
+        let mut come = 1.0;
+        let mut survival: Vec<f64> = shares
+            .iter()
+            .map(|share| {
+                come *= share;
+                come
+            })
+            .collect();
+        if let Some(narrower) = all.last() {
+            survival.iter_mut().zip(narrower).for_each(|(share, less)| *share = share.max(*less));
+        }
+        all.push(survival);
+    }
+    all
 }
 
 #[cfg(test)]
@@ -392,6 +407,21 @@ mod tests {
             adaptation.timed(4, 1.1);
         }
         assert_eq!(adaptation.choose(LIMIT), None, "it is time to see what a plain step costs");
+    }
+
+    /// Short drafts that are always right say nothing against longer ones.
+    #[test]
+    fn what_was_not_asked_is_not_held_against_a_drafter() {
+        let mut adaptation = settled(0.3);
+        for turn in 0..60 {
+            match turn % 3 {
+                0 => adaptation.observe(&chain(2), &[0], Shape { width: 1, length: 2 }),
+                _ => adaptation.observe(&chain(2), &[0, 1, 2], Shape { width: 1, length: 2 }),
+            }
+        }
+        let [first, second, third] = adaptation.survival[0][..3] else { unreachable!("drafts have up to six tokens") };
+        assert!((0.5..0.8).contains(&first) && (first - second).abs() < 0.01, "{first} and {second}");
+        assert!((third / second - 0.75).abs() < 1e-9, "{third} by {second}");
     }
 
     #[test]
