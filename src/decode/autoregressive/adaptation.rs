@@ -77,8 +77,10 @@ const PLAIN_FIRST: usize = 4;
 const FIRST: usize = 1;
 const GROWTH: usize = 4;
 const LONGEST: usize = 1 << 10;
-/// Plain steps after drafts on end of which nothing was right: four, and twice as many each time, so often.
-const WRONG_PAUSE: usize = 5;
+/// Plain steps after a draft of which nothing was right: in a text that the drafter has been right about, and in one where it has not;
+/// twice as many each time on end, and at most.
+const WRONG_PAUSE: (usize, usize) = (2, 8);
+const WRONG_PAUSE_MAX: usize = 64;
 /// No candidate need be surer than this.
 const LEAST_MAX: f64 = 0.5;
 /// A drafter's time that is worth sparing, by a plain step's.
@@ -113,6 +115,8 @@ pub struct Adaptation {
     /// Drafts on end that the drafter left empty, and of which nothing was right.
     empty: usize,
     wrong: usize,
+    /// Whether any draft of this text had something right.
+    known: bool,
     /// Longest draft so far: a text that the drafter may not know begins with short ones, which grow as they are right.
     longest: usize,
     drafts: usize,
@@ -144,6 +148,7 @@ impl Adaptation {
             gain: 1.0,
             empty: 0,
             wrong: 0,
+            known: false,
             longest: FIRST,
             drafts: 0,
             resting: 0,
@@ -154,7 +159,17 @@ impl Adaptation {
 
     /// What a sequence begins with: what others saw.
     pub fn fresh(&self) -> Self {
-        Self { drafts: 0, resting: 0, rest: REST.0, pausing: 0, empty: 0, wrong: 0, longest: FIRST, ..self.clone() }
+        Self {
+            drafts: 0,
+            resting: 0,
+            rest: REST.0,
+            pausing: 0,
+            empty: 0,
+            wrong: 0,
+            known: false,
+            longest: FIRST,
+            ..self.clone()
+        }
     }
 
     /// Takes in what a finished sequence saw.
@@ -234,37 +249,42 @@ impl Adaptation {
 
     /// The shape within `limit` to draft next, or `None` where a plain step is better.
     pub fn choose(&mut self, limit: Shape) -> Option<Shape> {
-        let fits = |shape: &Shape| {
-            shape.width <= limit.width.min(self.survival.len())
-                && shape.length <= limit.length.min(self.longest).min(self.survival.first().map_or(0, Vec::len))
-        };
-        let drafts: Vec<DraftCost> = self.costs.draft.iter().copied().filter(|draft| fits(&draft.shape)).collect();
-        let plain = self.plain;
-        let gains = drafts.iter().map(|draft| (draft.shape, self.tokens(draft.shape) * plain / self.seconds(draft)));
-        let (shape, best) = gains.max_by(|a, b| a.1.total_cmp(&b.1))?;
-        let at_best = |draft: &DraftCost| (1 + draft.shape.length) as f64 * plain / self.seconds_of(draft, 1.0);
-        let could_pay = drafts.iter().any(|draft| at_best(draft) >= MARGIN);
         if self.plain_steps < PLAIN_FIRST || self.since_plain >= PLAIN_EVERY {
             return None;
         }
-        self.gain = best;
         if self.pausing > 0 {
             self.pausing -= 1;
             return None;
         }
-        if best >= MARGIN {
-            self.rest = REST.0;
-            return Some(shape);
+        let fits = |shape: Shape| {
+            shape.width <= limit.width.min(self.survival.len())
+                && shape.length <= limit.length.min(self.survival.first().map_or(0, Vec::len))
+        };
+        let plain = self.plain;
+        let drafts = || self.costs.draft.iter().filter(|draft| fits(draft.shape));
+        let gains = drafts().map(|draft| (draft.shape, self.tokens(draft.shape) * plain / self.seconds(draft)));
+        // Whether drafts pay is decided by the best of all. A text's first are short, whatever they bring by themselves.
+        let (mut gain, mut chosen) = (0.0, (0.0, None));
+        for (shape, found) in gains {
+            gain = found.max(gain);
+            if found > chosen.0 && shape.length <= self.longest {
+                chosen = (found, Some(shape));
+            }
+        }
+        if gain >= MARGIN {
+            (self.gain, self.rest) = (gain, REST.0);
+            return chosen.1;
         }
         if self.resting > 0 {
             self.resting -= 1;
             return None;
         }
         // It does not pay: rest, longer each time, then look again.
-        self.resting = self.rest;
-        self.rest = (2 * self.rest).min(REST.1);
+        let at_best = |draft: &DraftCost| (1 + draft.shape.length) as f64 * plain / self.seconds_of(draft, 1.0);
         let look = Shape { width: LOOK.width, length: LOOK.length.min(limit.length) };
-        (could_pay && fits(&look)).then_some(look)
+        let looks = fits(look) && drafts().any(|draft| at_best(draft) >= MARGIN);
+        (self.gain, self.resting, self.rest) = (gain, self.rest, (2 * self.rest).min(REST.1));
+        looks.then_some(look)
     }
 
     /// Takes in that the drafter, asked for a draft of `shape`, was not sure of anything. Where asking takes time, it is asked less.
@@ -284,9 +304,10 @@ impl Adaptation {
             // The head may be as sure of a text that it does not know as of others: what counts is what comes of it.
             self.wrong += 1;
             self.longest = (self.longest / 2).max(1);
-            self.pausing = 2 << self.wrong.min(WRONG_PAUSE);
+            let pause = if self.known { WRONG_PAUSE.0 } else { WRONG_PAUSE.1 };
+            self.pausing = (pause << (self.wrong - 1).min(8)).min(WRONG_PAUSE_MAX);
         } else {
-            self.wrong = 0;
+            (self.wrong, self.known) = (0, true);
             if path.len() > tree.depth() {
                 self.longest = (GROWTH * self.longest).min(LONGEST);
             }
@@ -397,7 +418,8 @@ mod tests {
         for _ in 0..60 {
             adaptation.timed(4, 4.0);
         }
-        assert_eq!(adaptation.choose(LIMIT), None, "each further token now costs a plain step");
+        assert!(adaptation.choose(LIMIT).is_none_or(|shape| shape == LOOK), "at most it looks");
+        assert_eq!(adaptation.choose(LIMIT), None, "three further tokens now cost three plain steps");
         for _ in 0..60 {
             adaptation.timed(1, 1.0);
             adaptation.timed(4, 1.1);
@@ -407,6 +429,17 @@ mod tests {
             adaptation.timed(4, 1.1);
         }
         assert_eq!(adaptation.choose(LIMIT), None, "it is time to see what a plain step costs");
+    }
+
+    /// A first draft of one token, which brings little by itself, is where longer ones begin.
+    #[test]
+    fn short_first_drafts_need_not_pay_by_themselves() {
+        let mut adaptation = Adaptation::new(costs(0.0), LIMIT, 0.9);
+        (0..PLAIN_FIRST).for_each(|_| adaptation.timed(1, 1.0));
+        // Whatever its size, a verifying forward takes as long as two plain ones.
+        (0..100).for_each(|_| adaptation.timed(4, 2.0));
+        adaptation.timed(1, 1.0);
+        assert_eq!(adaptation.choose(LIMIT), Some(Shape { width: 1, length: 1 }));
     }
 
     /// Short drafts that are always right say nothing against longer ones.

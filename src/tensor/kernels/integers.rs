@@ -135,12 +135,32 @@ impl Integers {
             return Ok(None);
         }
         let (rows, half) = (x.numel() / self.inputs, x.kind() == Kind::BFloat16);
+        let out = Tensor::f_empty(&shape, (x.kind(), tch::Device::Cpu))?;
+        // SAFETY: both tensors are contiguous, of these sizes and types.
+        unsafe { self.run(x.data_ptr(), out.data_ptr(), half, rows, true) };
+        Ok(Some(out))
+    }
+
+    /// [`Integers::product`] for what lies in plain memory, `x: [rows, inputs]` to `[rows, outputs]`, in one thread: by a weight that a core's
+    /// own cache keeps; `None` if sizes do not fit.
+    pub fn small_product(&self, x: &[f32], rows: usize) -> Option<Vec<f32>> {
+        if rows == 0 || x.len() != rows * self.inputs {
+            return None;
+        }
+        let mut out = vec![0f32; rows * self.outputs];
+        // SAFETY: memory of these sizes.
+        unsafe { self.run(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, false) };
+        Some(out)
+    }
+
+    /// `x: [rows, inputs]` to `out: [rows, outputs]`, both in bf16 or f32.
+    unsafe fn run(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, threads: bool) {
         let lines = self.inputs.div_ceil(self.width.inputs());
         let (stride, groups) = (lines * self.width.inputs(), self.inputs.div_ceil(self.group));
         let (mut codes, mut scales, mut sums) =
             (vec![0i8; rows * stride], vec![0f32; rows * groups], vec![0i32; rows * groups]);
         let rounding = Rounding {
-            input: x.data_ptr(),
+            input: x,
             half,
             rows,
             inputs: self.inputs,
@@ -151,7 +171,6 @@ impl Integers {
             scales: scales.as_mut_ptr(),
             sums: sums.as_mut_ptr(),
         };
-        let out = Tensor::f_empty(&shape, (x.kind(), tch::Device::Cpu))?;
         let product = Product {
             width: self.width,
             input: codes.as_ptr(),
@@ -161,7 +180,7 @@ impl Integers {
             strips: self.strips,
             weight_scales: self.scales.data_ptr().cast(),
             scaled: self.scales.size()[1] > 1,
-            out: out.data_ptr(),
+            out,
             half,
             rows,
             lines,
@@ -171,10 +190,9 @@ impl Integers {
         };
         // SAFETY: memory of the sizes and types that both say, which outlives the calls; the second reads what the first has written.
         unsafe {
-            launch(&rounding, rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
-            launch(&product, rows * self.inputs * self.outputs >= PARALLEL_FROM);
+            launch(&rounding, threads && rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
+            launch(&product, threads && rows * self.inputs * self.outputs >= PARALLEL_FROM);
         }
-        Ok(Some(out))
     }
 }
 

@@ -197,6 +197,7 @@ impl Product {
                     from += unsafe {
                         match (strip.wide - from, rows.len()) {
                             _ if V::SUMS < 24 => self.part::<V, F, 1, 6>(part, &rows, &mut open),
+                            (4, 7) if F::UNIT > 1 => self.part::<V, F, 2, 8>(part, &rows, &mut open),
                             (6, ..=4) => self.part::<V, F, 6, 4>(part, &rows, &mut open),
                             (4, _) => self.part::<V, F, 4, 6>(part, &rows, &mut open),
                             (3.., _) => self.part::<V, F, 3, 8>(part, &rows, &mut open),
