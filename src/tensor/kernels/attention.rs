@@ -13,6 +13,7 @@ use tch::TchError;
 use super::attend::{Place, Room};
 use super::lanes::{Lanes, Stored};
 use super::pointwise::normalise;
+use super::strips::fetch;
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -20,6 +21,8 @@ use crate::tensor::{Kind, Tensor};
 const DIM_MAX: usize = 256;
 /// Rows of one sequence that go through its keys together.
 const TILE: usize = 16;
+/// Bytes of keys, and of values, that are asked for before they are used; longer pieces come by themselves.
+const FETCHED: usize = 16 * 1024;
 /// Attention over fewer keys, all heads and queries together, is not worth other threads.
 const PARALLEL_FROM: usize = 1024;
 
@@ -235,6 +238,9 @@ impl Kernel for Step {
         // Tiles further down a sequence see more keys: threads take turns.
         for task in (thread..self.tiles.len() * self.heads).step_by(threads) {
             let (rows, head) = (&self.rows[self.tiles[task / self.heads].clone()], task % self.heads);
+            if let Some(next) = self.tiles.get((task + threads) / self.heads) {
+                self.fetch(&self.rows[next.start], (task + threads) % self.heads);
+            }
             unsafe {
                 if self.half {
                     self.attend::<V, u16>(rows, head, &mut room)
@@ -289,6 +295,18 @@ impl Step {
                 let value = self.qkv.cast::<T>().add(place * self.dim);
                 std::ptr::copy_nonoverlapping(value, row.values.cast::<T>().add(slot), self.dim);
             }
+        }
+    }
+
+    /// Asks for a head's keys and values, while another's are used: sixteen sequences' lie in short pieces all over the memory, and a
+    /// processor that sees each piece begin anew waits for it anew (docs/LOG.md).
+    #[inline(always)]
+    fn fetch(&self, row: &Row, head: usize) {
+        let size = if self.half { size_of::<u16>() } else { size_of::<f32>() };
+        let offset = head / (self.heads / self.kv_heads) * row.head_stride * size;
+        let bytes = (row.before * self.dim * size).min(FETCHED);
+        for from in [row.keys, row.values] {
+            fetch(from.cast::<u8>().wrapping_add(offset), bytes);
         }
     }
 

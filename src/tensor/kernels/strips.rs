@@ -53,6 +53,18 @@ pub fn ask_ahead<T>(line: *const T) {
     let _ = line;
 }
 
+/// Asks for so many bytes, which are used soon and perhaps again.
+#[inline(always)]
+pub fn fetch(from: *const u8, bytes: usize) {
+    // SAFETY: a hint, which does nothing where there is no such memory.
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(from.cast::<i8>().wrapping_add(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, bytes);
+}
+
 impl Part {
     /// The first one's place among all panels.
     pub fn panel(&self) -> usize {
