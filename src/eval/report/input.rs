@@ -39,6 +39,8 @@ pub enum Kind {
     Load,
     Speculation,
     Step,
+    /// Steps over a grid of windows, beside what they cost at least.
+    Grid,
     Likelihood,
     /// Another program on the same work in turn, by a script of `benches/`.
     Peer,
@@ -53,6 +55,7 @@ impl Kind {
             Self::Load => "Load on a server",
             Self::Speculation => "Drafts against plain decoding",
             Self::Step => "Where a denoising step's time goes",
+            Self::Grid => "Steps beside their floor",
             Self::Likelihood => "Likelihood of given texts",
             Self::Peer => "Beside other programs",
         }
@@ -65,6 +68,7 @@ impl Kind {
             Self::Load => "a result of 'lacuna bench serve'",
             Self::Speculation => "a result of 'lacuna bench speculate'",
             Self::Step => "a result of 'lacuna bench step'",
+            Self::Grid => "a result of 'lacuna bench step --window'",
             Self::Likelihood => "a result of 'lacuna eval likelihood'",
             Self::Peer => "a comparison with another program",
         }
@@ -72,12 +76,13 @@ impl Kind {
 
     fn of(json: &Value) -> Option<Self> {
         let has = |fields: &[&str]| fields.iter().all(|field| json.get(field).is_some());
-        let kinds: [(Self, &[&str]); 7] = [
+        let kinds: [(Self, &[&str]); 8] = [
             (Self::Sweep, &["sweep", "cells"]),
             (Self::Evaluation, &["suite", "pass_at_1"]),
             (Self::Load, &["target", "lanes"]),
             (Self::Speculation, &["plain_tokens_per_second"]),
             (Self::Step, &["forward", "head", "total"]),
+            (Self::Grid, &["cells", "ceilings"]),
             (Self::Likelihood, &["perplexity", "tokens"]),
             (Self::Peer, &["what", "ratio_median", "rounds"]),
         ];
@@ -157,6 +162,9 @@ pub struct Point {
     /// Milliseconds by part of a step.
     pub parts: Vec<(&'static str, Spread)>,
     pub total: Option<Spread>,
+    /// Milliseconds that the step takes at least, what bounds it, and the share of the step outside the network.
+    pub floor: Option<(f64, String)>,
+    pub outside: Option<f64>,
     /// Of forwards of several tokens, by one of one.
     pub costs: Vec<Cost>,
     /// Of given tokens, and its standard error where it is a bound's.
@@ -192,6 +200,7 @@ fn parse(told: &str, file: String, bytes: &[u8]) -> Result<Source, Unreadable> {
         Kind::Load => serde_json::from_value(json.clone()).map(kinds::load),
         Kind::Speculation => serde_json::from_value(json.clone()).map(kinds::speculation),
         Kind::Step => serde_json::from_value(json.clone()).map(kinds::step),
+        Kind::Grid => serde_json::from_value(json.clone()).map(kinds::grid),
         Kind::Likelihood => kinds::likelihood(&json),
         Kind::Peer => serde_json::from_value(json.clone()).map(kinds::peer),
     };

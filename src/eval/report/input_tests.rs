@@ -66,6 +66,13 @@ fn drafts_and_peers_and_steps() {
     );
     let parts: Vec<_> = point.parts.iter().map(|(part, _)| *part).collect();
     assert_eq!(parts, ["forward", "head", "selection", "events"]);
+
+    let source = committed("step-grid-smollm2-shape-bf16.json");
+    let point = &source.points[1];
+    assert_eq!((source.kind, source.points.len(), point.model.as_str()), (Kind::Grid, 12, "smollm2-135m"));
+    assert_eq!((point.setting.as_str(), point.in_flight), ("window 4, prefix 256", Some(1)));
+    let ((floor, bound), total) = (point.floor.clone().unwrap(), point.total.unwrap().median);
+    assert!(bound == "memory" && floor > 0.0 && total > floor && point.outside.is_some(), "{floor} by {bound}, {total}");
 }
 
 #[test]

@@ -183,8 +183,7 @@ pub struct Step {
 
 pub fn step(found: Step) -> Vec<Point> {
     vec![Point {
-        // A config's path where the weights are random.
-        model: found.model.rsplit('/').next().unwrap_or_default().trim_end_matches(".json").into(),
+        model: shape(&found.model),
         path: found.model,
         setting: format!("prompt {}, canvas {}", found.prompt, found.canvas),
         in_flight: Some(found.batch),
@@ -193,6 +192,49 @@ pub fn step(found: Step) -> Vec<Point> {
         total: Some(found.total),
         ..Point::default()
     }]
+}
+
+#[derive(Deserialize)]
+pub struct Grid {
+    model: String,
+    runs: usize,
+    cells: Vec<GridCell>,
+}
+
+#[derive(Deserialize)]
+struct GridCell {
+    window: u64,
+    prefix: u64,
+    sequences: u64,
+    total: Spread,
+    outside_share: f64,
+    floor: Floor,
+}
+
+#[derive(Deserialize)]
+struct Floor {
+    milliseconds: f64,
+    bound: String,
+}
+
+pub fn grid(found: Grid) -> Vec<Point> {
+    let point = |cell: GridCell| Point {
+        model: shape(&found.model),
+        path: found.model.clone(),
+        setting: format!("window {}, prefix {}", cell.window, cell.prefix),
+        in_flight: Some(cell.sequences),
+        runs: Some(found.runs),
+        total: Some(cell.total),
+        floor: Some((cell.floor.milliseconds, cell.floor.bound)),
+        outside: Some(cell.outside_share),
+        ..Point::default()
+    };
+    found.cells.into_iter().map(point).collect()
+}
+
+/// A model's name; of random weights, that of the config whose path is told.
+fn shape(model: &str) -> String {
+    model.rsplit('/').next().unwrap_or_default().trim_end_matches(".json").into()
 }
 
 #[derive(Deserialize)]

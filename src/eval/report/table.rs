@@ -51,6 +51,9 @@ pub enum Column {
     Events,
     Step,
     Overhead,
+    Floor,
+    TimesFloor,
+    BoundBy,
     Tokens,
     Perplexity,
     BitsPerByte,
@@ -96,6 +99,7 @@ impl Column {
             ],
             Kind::Speculation => &[Model, Setting, TokensPerSecond, Speedup, SpeedupLeast, AcceptanceLength, SameText, Runs],
             Kind::Step => &[Model, Setting, InFlight, Dtype, Step, Forward, Head, Selection, Events, Overhead, Runs],
+            Kind::Grid => &[Model, Setting, InFlight, Dtype, Step, Floor, TimesFloor, BoundBy, Overhead, Runs],
             Kind::Likelihood => &[Program, Model, Setting, Tokens, Perplexity, BitsPerByte],
             Kind::Peer => &[Program, Model, Dtype, What, Measured, Ratio, Runs],
         }
@@ -135,6 +139,9 @@ impl Column {
             Self::Events => "events",
             Self::Step => "step, ms",
             Self::Overhead => "neither forward nor head",
+            Self::Floor => "floor, ms",
+            Self::TimesFloor => "times its floor",
+            Self::BoundBy => "bound by",
             Self::Tokens => "tokens",
             Self::Perplexity => "perplexity",
             Self::BitsPerByte => "bits/byte",
@@ -148,7 +155,15 @@ impl Column {
     fn is_text(self) -> bool {
         matches!(
             self,
-            Self::Model | Self::Path | Self::Program | Self::Setting | Self::Dtype | Self::Device | Self::What | Self::File
+            Self::Model
+                | Self::Path
+                | Self::Program
+                | Self::Setting
+                | Self::Dtype
+                | Self::Device
+                | Self::BoundBy
+                | Self::What
+                | Self::File
         )
     }
 
@@ -201,8 +216,12 @@ impl Column {
             Self::Overhead => {
                 let busy: f64 =
                     point.parts.iter().filter(|(part, _)| ["forward", "head"].contains(part)).map(|(_, s)| s.median).sum();
-                point.total.map(|total| format!("{:.1} %", 100.0 * (1.0 - busy / total.median)))
+                let share = point.outside.or_else(|| Some(1.0 - busy / point.total?.median))?;
+                Some(format!("{:.1} %", 100.0 * share))
             }
+            Self::Floor => point.floor.as_ref().map(|(milliseconds, _)| figure(*milliseconds)),
+            Self::TimesFloor => by(point.total.map(|total| total.median), point.floor.as_ref().map(|floor| floor.0)),
+            Self::BoundBy => point.floor.as_ref().map(|(_, bound)| bound.clone()),
             Self::Tokens => point.tokens.map(|count| figure(count as f64)),
             Self::Perplexity => point.perplexity.map(|(value, error)| match error {
                 Some(error) => format!("at most {value:.3} ± {error:.3}"),

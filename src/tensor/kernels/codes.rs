@@ -11,7 +11,7 @@ use std::ops::Range;
 use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
-use super::strips::{Part, Strips, ask_ahead};
+use super::strips::{Part, Strips};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -275,9 +275,7 @@ impl Product {
                     for (p, w) in w.iter_mut().enumerate().skip(1) {
                         *w = C::pair(line.add(p * C::BYTES));
                     }
-                    if M == 1 && part.strip.from_memory {
-                        (0..P).for_each(|p| ask_ahead(line.wrapping_add(p * C::BYTES)));
-                    }
+                    part.ask_ahead::<P>(line, C::BYTES, M == 1);
                     for (m, sums) in sums.iter_mut().enumerate() {
                         let x = input.add(2 * (m * self.pairs + pair));
                         let (first, second) = (V::splat(*x), V::splat(*x.add(1)));

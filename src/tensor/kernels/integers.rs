@@ -13,7 +13,7 @@ use tch::TchError;
 
 use super::codes::write;
 use super::lanes::{LANES, Lanes, Stored};
-use super::strips::{Part, Strips, ask_ahead};
+use super::strips::{Part, Strips};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -559,9 +559,7 @@ impl Product {
                     for (p, w) in w.iter_mut().enumerate().skip(1) {
                         *w = S::line(from.add(p * LINE));
                     }
-                    if M == 1 && part.strip.from_memory {
-                        (0..P).for_each(|p| ask_ahead(from.wrapping_add(p * LINE)));
-                    }
+                    part.ask_ahead::<P>(from, LINE, M == 1);
                     if HALVES {
                         let mut halves = [w[0].halves(); P];
                         for (halves, w) in halves.iter_mut().zip(w).skip(1) {

@@ -12,7 +12,7 @@ use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
 use super::product::{Format, PAIRED, Single, Wide};
-use super::strips::{Part, Strips, ask_ahead};
+use super::strips::{Part, Strips};
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -266,9 +266,7 @@ impl Product {
                 for (p, w) in w.iter_mut().enumerate().skip(1) {
                     *w = F::weight(line.add(p * F::STEP));
                 }
-                if M == 1 && part.strip.from_memory {
-                    (0..P).for_each(|p| ask_ahead(line.wrapping_add(p * F::STEP)));
-                }
+                part.ask_ahead::<P>(line.cast(), F::STEP * size_of::<F::Weight>(), M == 1);
                 for (m, sums) in sums.iter_mut().enumerate() {
                     let x = F::spread(input.add(m * self.inputs + unit * F::UNIT));
                     for (sum, w) in sums.iter_mut().zip(w) {

@@ -39,20 +39,6 @@ pub struct Part {
 /// How far ahead of what is used weights are asked for, in bytes.
 const AHEAD: usize = 2048;
 
-/// Asks for the line that lies [`AHEAD`] of this one, for one use: it is not to displace what is kept in the caches. It helps where
-/// weights come from memory, and harms where a cache has them (docs/LOG.md).
-#[inline(always)]
-pub fn ask_ahead<T>(line: *const T) {
-    // SAFETY: a hint, which does nothing where there is no such memory.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_NTA>(line.cast::<i8>().wrapping_add(AHEAD));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = line;
-}
-
 /// Asks for so many bytes, which are used soon and perhaps again.
 #[inline(always)]
 pub fn fetch(from: *const u8, bytes: usize) {
@@ -66,6 +52,29 @@ pub fn fetch(from: *const u8, bytes: usize) {
 }
 
 impl Part {
+    /// Asks for what lies [`AHEAD`] of the part's first line, of `P` of `bytes` each. It helps where weights come from memory, and harms where
+    /// a cache has them (docs/LOG.md). One row uses a line once: it is not to displace what is kept in the caches. Several rows may go through a
+    /// strip part by part, and the first asks for all.
+    #[inline(always)]
+    pub fn ask_ahead<const P: usize>(&self, line: *const u8, bytes: usize, one_row: bool) {
+        if !self.strip.from_memory {
+            return;
+        }
+        // SAFETY: a hint, which does nothing where there is no such memory.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_NTA, _MM_HINT_T0, _mm_prefetch};
+            let ahead = |panel: usize| line.wrapping_add(panel * bytes + AHEAD).cast::<i8>();
+            if one_row {
+                (0..P).for_each(|panel| _mm_prefetch::<_MM_HINT_NTA>(ahead(panel)));
+            } else if self.from == 0 {
+                (0..self.strip.wide).for_each(|panel| _mm_prefetch::<_MM_HINT_T0>(ahead(panel)));
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (line, bytes, one_row);
+    }
+
     /// The first one's place among all panels.
     pub fn panel(&self) -> usize {
         self.strip.first + self.from
