@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::eval::report::provenance::Trait;
+use crate::tensor::Dtype;
 
 const IN_FLIGHT_MAX: u16 = 1024;
 const ROUNDS_MAX: u32 = 1000;
@@ -153,6 +154,9 @@ impl Plan {
             return wrong("in_flight", &format!("{count} twice"), "each number once");
         }
         let dtypes = self.dtypes();
+        if let Some(dtype) = dtypes.iter().find(|dtype| dtype.parse::<Dtype>().is_err()) {
+            return wrong("dtype", dtype, "f32, f16 or bf16");
+        }
         if dtypes.len() > 1 && !allow.contains(&Trait::Dtype) {
             return Err(PlanError::Dtypes(dtypes.join(" and ")));
         }

@@ -52,7 +52,7 @@ fn a_plan_is_cells_in_turn() {
 #[test]
 fn a_plan_that_cannot_be_is_refused() {
     type Case = (fn(&mut Plan), &'static str);
-    let cases: [Case; 14] = [
+    let cases: [Case; 15] = [
         (|plan| plan.data = Some("x".into()), "the suite nano draws its tasks"),
         (|plan| plan.suite = Suite::Jsonl, "the suite jsonl takes its tasks from a file: give data"),
         (|plan| plan.name = "../x".into(), "the plan's name is '../x'"),
@@ -66,6 +66,7 @@ fn a_plan_that_cannot_be_is_refused() {
         (|plan| plan.paths[0].settings = vec![], "the plan has no settings of path 'a'"),
         (|plan| plan.paths[0].settings[1] = plan.paths[0].settings[0].clone(), "path 'a' has two settings '--threshold 0.9'"),
         (|plan| plan.paths[1].name = "a".into(), "path 'a' has two entries"),
+        (|plan| plan.paths[1].dtype = Some("int8".into()), "the plan's dtype is int8: use f32, f16 or bf16"),
         (|plan| plan.paths[1].dtype = Some("bf16".into()), "the plan's paths differ in dtype (bf16 and f32)"),
     ];
     for (change, told) in cases {
