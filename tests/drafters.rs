@@ -81,9 +81,9 @@ fn beams_and_scores_are_apples() {
     assert_eq!(compared, 45);
 }
 
-/// The engine's drafts come from matrices in bf16, which round; what they propose is nearly always what the head itself would.
+/// The engine's drafts come from matrices in fewer bits, which round; what they propose is nearly always what the head itself would.
 #[test]
-fn drafts_in_bf16_are_those_of_the_head() {
+fn drafts_in_fewer_bits_are_those_of_the_head() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano-ar");
     let model = load_at(&folder, F32);
     let head = Redrafter::load(&folder.join("drafters/redrafter"), model.config(), F32).unwrap();

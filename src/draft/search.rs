@@ -5,7 +5,7 @@ use super::redrafter::{KEPT, Redrafter, Search};
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::model::Transformer;
 use crate::model::quantized::{Activations, Codes, Quantized, Scheme, Sharing};
-use crate::tensor::kernels::integers::{Integers, Width};
+use crate::tensor::kernels::integers::{DOTS, Integers, Width};
 use crate::tensor::kernels::linear::{product, row};
 use crate::tensor::kernels::packed::Packed;
 use crate::tensor::kernels::pointwise::silu;
@@ -32,7 +32,7 @@ pub struct Narrow {
     recurrence: Option<(Small, Small)>,
 }
 
-/// A matrix in eight bits where the CPU multiplies whole numbers, else in bf16.
+/// A matrix in eight bits where the CPU has instructions to multiply such, else in bf16.
 enum Small {
     Eight(Integers),
     Sixteen(Packed),
@@ -45,7 +45,7 @@ impl Small {
             let Quantized { codes, scales, .. } = Quantized::of(weight, scheme).ok()?;
             Integers::of(Width::Eight, &codes, &scales, codes.size()[1] as usize, Some(GROUP)).ok()?
         };
-        match whole() {
+        match DOTS.then(whole).flatten() {
             Some(weight) => Some(Self::Eight(weight)),
             None => Some(Self::Sixteen(Packed::of(&weight.f_to_kind(Kind::BFloat16).ok()?).ok()??)),
         }

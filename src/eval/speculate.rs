@@ -139,6 +139,8 @@ pub fn run(
     for round in 0..options.rounds {
         for (at, prompt) in prompts.iter().enumerate() {
             for turn in 0..lanes.len() {
+                // Backwards every other time, so that nobody always finds the caches as the same one left them.
+                let turn = if (round + at) % 2 == 1 { lanes.len() - 1 - turn } else { turn };
                 let lane = (turn + round + at) % lanes.len();
                 runs[lane][at].push(one(info, model, drafters, prompt, options, lanes[lane])?);
             }

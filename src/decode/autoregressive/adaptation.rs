@@ -94,7 +94,7 @@ const LOOK: Shape = Shape { width: 1, length: 2 };
 #[derive(Clone, Debug)]
 pub struct Adaptation {
     costs: Arc<Costs>,
-    /// Seconds of a forward of one token; and what forwards of several take beyond what was measured.
+    /// Seconds of a forward of one token; and what forwards of several take beyond that and what their further tokens were measured to.
     plain: f64,
     beyond: f64,
     /// What drafts take, by what they took when they were measured.
@@ -110,7 +110,7 @@ pub struct Adaptation {
     offered: Vec<Vec<f64>>,
     /// Nodes by candidates: how much sharing of prefixes leaves.
     packed: f64,
-    /// Tokens a second by plain decoding's, as expected of the draft chosen last.
+    /// Tokens a second by plain decoding's, as expected of the best draft.
     gain: f64,
     /// Drafts on end that the drafter left empty, and of which nothing was right.
     empty: usize,
@@ -204,8 +204,13 @@ impl Adaptation {
             self.plain += weight * (seconds - self.plain);
         } else {
             self.since_plain += 1;
-            self.beyond += TIMED.0 * (seconds - self.costs.verify(nodes as f64) - self.beyond);
+            self.beyond += TIMED.0 * (seconds - self.measured(nodes as f64) - self.beyond);
         }
+    }
+
+    /// Takes in a plain step whose time cannot be told, as others ran beside it.
+    pub fn plain_beside(&mut self) {
+        (self.since_plain, self.plain_steps) = (0, self.plain_steps + 1);
     }
 
     /// Takes in what a draft took.
@@ -220,7 +225,11 @@ impl Adaptation {
     /// Seconds of a forward of several tokens: what each adds is as measured, and the whole as timed. (By a factor, noise in what few
     /// tokens add would be multiplied for many.)
     fn verify(&self, nodes: f64) -> f64 {
-        if nodes <= 1.0 { self.plain } else { (self.costs.verify(nodes) + self.beyond).max(self.plain) }
+        if nodes <= 1.0 { self.plain } else { (self.measured(nodes) + self.beyond).max(self.plain) }
+    }
+
+    fn measured(&self, nodes: f64) -> f64 {
+        self.plain + self.costs.verify(nodes) - self.costs.verify(1.0)
     }
 
     /// Tokens that a draft of `shape` is expected to yield.
@@ -243,7 +252,7 @@ impl Adaptation {
     /// The probability that a candidate must have to be worth its place in the forward: what that place costs, in the tokens that
     /// would be decoded meanwhile.
     pub fn least(&self) -> f64 {
-        let place = (self.verify(8.0) - self.plain) / 7.0;
+        let place = (self.costs.verify(8.0) - self.costs.verify(1.0)) / 7.0;
         (self.gain.max(1.0) * place / self.plain.max(1e-9)).clamp(0.0, LEAST_MAX)
     }
 
@@ -263,7 +272,7 @@ impl Adaptation {
         let plain = self.plain;
         let drafts = || self.costs.draft.iter().filter(|draft| fits(draft.shape));
         let gains = drafts().map(|draft| (draft.shape, self.tokens(draft.shape) * plain / self.seconds(draft)));
-        // Whether drafts pay is decided by the best of all. A text's first are short, whatever they bring by themselves.
+        // Whether drafts pay is decided by the best of all. A text's first is short, whatever it brings by itself.
         let (mut gain, mut chosen) = (0.0, (0.0, None));
         for (shape, found) in gains {
             gain = found.max(gain);
@@ -271,7 +280,7 @@ impl Adaptation {
                 chosen = (found, Some(shape));
             }
         }
-        if gain >= MARGIN {
+        if gain >= MARGIN && (self.drafts == 0 || chosen.0 >= 1.0) {
             (self.gain, self.rest) = (gain, REST.0);
             return chosen.1;
         }
@@ -440,6 +449,20 @@ mod tests {
         (0..100).for_each(|_| adaptation.timed(4, 2.0));
         adaptation.timed(1, 1.0);
         assert_eq!(adaptation.choose(LIMIT), Some(Shape { width: 1, length: 1 }));
+    }
+
+    #[test]
+    fn after_a_wrong_draft_a_text_waits_longer_where_none_was_right() {
+        let short = Shape { width: 1, length: 1 };
+        let waits = |right: bool| {
+            let mut adaptation = settled(0.02);
+            if right {
+                adaptation.observe(&chain(1), &[0, 1], short);
+            }
+            adaptation.observe(&chain(1), &[0], short);
+            (0..100).take_while(|_| adaptation.choose(LIMIT).is_none()).count()
+        };
+        assert_eq!((waits(true), waits(false)), WRONG_PAUSE);
     }
 
     /// Short drafts that are always right say nothing against longer ones.

@@ -383,8 +383,10 @@ impl Decoder for Autoregressive {
 
     fn timed(&mut self, forward: Option<f64>, draft: f64) {
         if let Some(adaptation) = &mut self.adaptation {
-            if let (Some(nodes), Some(forward)) = (self.ran, forward) {
-                adaptation.timed(nodes, forward);
+            match (self.ran, forward) {
+                (Some(nodes), Some(forward)) => adaptation.timed(nodes, forward),
+                (Some(1), None) => adaptation.plain_beside(),
+                _ => {}
             }
             if let Some(shape) = self.asked {
                 adaptation.drafted(shape, draft);

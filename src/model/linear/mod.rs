@@ -121,26 +121,28 @@ fn quantized(weight: Quantized, placement: Placement) -> Result<(Option<Scheme>,
         });
         match shown {
             Ok(Some((error, product))) if error <= tolerance(placement.dtype) => return Ok((Some(scheme), product)),
-            Ok(Some((error, _))) => told_once(name, scheme, || {
+            Ok(Some((error, _))) => told_once(name, scheme, placement, || {
                 warn!(form = name, %scheme, error, "computes something else than the scheme says");
             }),
             Ok(None) => {}
-            Err(error) => told_once(name, scheme, || warn!(form = name, %scheme, %error, "cannot be used on this device")),
+            Err(error) => {
+                told_once(name, scheme, placement, || warn!(form = name, %scheme, %error, "cannot be used on this device"))
+            }
         }
     }
-    told_once("floats", scheme, || {
+    told_once("floats", scheme, placement, || {
         let device = placement.device_name();
         warn!(%scheme, device, "nothing computes with these weights here, so they become floats: use another scheme to save their memory");
     });
     Ok((None, plain(weight.dequantized(placement.dtype.kind())?)?))
 }
 
-/// Says something of a form and a scheme for the first matrix that it is true of: a model has hundreds.
-fn told_once(what: &'static str, scheme: Scheme, tell: impl FnOnce()) {
-    static TOLD: Mutex<Vec<(&str, Scheme)>> = Mutex::new(vec![]);
+/// Says something of a form and a scheme in a place for the first matrix that it is true of: a model has hundreds.
+fn told_once(what: &'static str, scheme: Scheme, placement: Placement, tell: impl FnOnce()) {
+    static TOLD: Mutex<Vec<(&str, Scheme, Placement)>> = Mutex::new(vec![]);
     let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
-    if !told.contains(&(what, scheme)) {
-        told.push((what, scheme));
+    if !told.contains(&(what, scheme, placement)) {
+        told.push((what, scheme, placement));
         tell();
     }
 }

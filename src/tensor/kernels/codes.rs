@@ -246,6 +246,7 @@ impl Product {
     unsafe fn part<V: Lanes, C: Codes<V>, const P: usize, const M: usize>(&self, part: Part, rows: &Range<usize>) -> usize {
         let mut row = rows.start;
         while row < rows.end {
+            let part = if row == rows.start { part } else { part.at_hand() };
             row += unsafe {
                 match (rows.end - row).min(M) {
                     8.. => self.tile::<V, C, P, 8>(part, row),

@@ -13,6 +13,7 @@ use tch::TchError;
 
 use super::codes::write;
 use super::lanes::{LANES, Lanes, Stored};
+use super::packed::SMALL_PARALLEL_FROM;
 use super::strips::{Part, Strips};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
@@ -137,24 +138,24 @@ impl Integers {
         let (rows, half) = (x.numel() / self.inputs, x.kind() == Kind::BFloat16);
         let out = Tensor::f_empty(&shape, (x.kind(), tch::Device::Cpu))?;
         // SAFETY: both tensors are contiguous, of these sizes and types.
-        unsafe { self.run(x.data_ptr(), out.data_ptr(), half, rows, true) };
+        unsafe { self.run(x.data_ptr(), out.data_ptr(), half, rows, PARALLEL_FROM) };
         Ok(Some(out))
     }
 
-    /// [`Integers::product`] for what lies in plain memory, `x: [rows, inputs]` to `[rows, outputs]`, in one thread: by a weight that a core's
-    /// own cache keeps; `None` if sizes do not fit.
+    /// [`Integers::product`] for what lies in plain memory, `x: [rows, inputs]` to `[rows, outputs]`, by a weight that is small; `None` if sizes do
+    /// not fit.
     pub fn small_product(&self, x: &[f32], rows: usize) -> Option<Vec<f32>> {
         if rows == 0 || x.len() != rows * self.inputs {
             return None;
         }
         let mut out = vec![0f32; rows * self.outputs];
         // SAFETY: memory of these sizes.
-        unsafe { self.run(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, false) };
+        unsafe { self.run(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, SMALL_PARALLEL_FROM) };
         Some(out)
     }
 
     /// `x: [rows, inputs]` to `out: [rows, outputs]`, both in bf16 or f32.
-    unsafe fn run(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, threads: bool) {
+    unsafe fn run(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, parallel_from: usize) {
         let lines = self.inputs.div_ceil(self.width.inputs());
         let (stride, groups) = (lines * self.width.inputs(), self.inputs.div_ceil(self.group));
         let (mut codes, mut scales, mut sums) =
@@ -190,8 +191,8 @@ impl Integers {
         };
         // SAFETY: memory of the sizes and types that both say, which outlives the calls; the second reads what the first has written.
         unsafe {
-            launch(&rounding, threads && rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
-            launch(&product, threads && rows * self.inputs * self.outputs >= PARALLEL_FROM);
+            launch(&rounding, rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
+            launch(&product, rows * self.inputs * self.outputs >= parallel_from);
         }
     }
 }
@@ -305,7 +306,7 @@ struct Product {
 }
 
 /// Whether the CPU multiplies four pairs of bytes at a time (AVX-512 VNNI).
-static DOTS: LazyLock<bool> = LazyLock::new(|| {
+pub static DOTS: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     let dots = std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512vnni");
     #[cfg(not(target_arch = "x86_64"))]
@@ -523,6 +524,7 @@ impl Product {
     unsafe fn part<S: Sums, const P: usize, const M: usize>(&self, part: Part, rows: &Range<usize>) -> usize {
         let mut row = rows.start;
         while row < rows.end {
+            let part = if row == rows.start { part } else { part.at_hand() };
             row += unsafe {
                 match (self.width, (rows.end - row).min(M)) {
                     (Width::Eight, 8..) => self.tile::<S, false, P, 8>(part, row),

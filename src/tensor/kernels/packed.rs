@@ -25,7 +25,7 @@ const TILE: usize = 256 * 1024;
 /// Products of fewer multiplications are not worth other threads.
 const PARALLEL_FROM: usize = 32 * 1024;
 /// The same where weights stay in a core's own cache, so that a wait takes longer than the work.
-const SMALL_PARALLEL_FROM: usize = 1024 * 1024;
+pub(super) const SMALL_PARALLEL_FROM: usize = 1024 * 1024;
 
 /// A weight matrix for [`Packed::product`].
 #[derive(Debug)]
@@ -229,6 +229,7 @@ impl Product {
                 let mut row = rows.start;
                 while row < rows.end {
                     let open = open.as_mut_ptr().wrapping_add((row - rows.start) * P);
+                    let part = if row == rows.start { part } else { part.at_hand() };
                     row += match (rows.end - row).min(M) {
                         8.. => self.tile::<V, F, P, 8>(part, row, &block, open),
                         7 => self.tile::<V, F, P, 7>(part, row, &block, open),

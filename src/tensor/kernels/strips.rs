@@ -52,6 +52,11 @@ pub fn fetch(from: *const u8, bytes: usize) {
 }
 
 impl Part {
+    /// For further rows, which find its lines in the caches.
+    pub fn at_hand(self) -> Self {
+        Self { strip: Strip { from_memory: false, ..self.strip }, ..self }
+    }
+
     /// Asks for what lies [`AHEAD`] of the part's first line, of `P` of `bytes` each. It helps where weights come from memory, and harms where
     /// a cache has them (docs/LOG.md). One row uses a line once: it is not to displace what is kept in the caches. Several rows may go through a
     /// strip part by part, and the first asks for all.
