@@ -13,9 +13,9 @@ use crate::tensor::{Kind, Placement, Tensor};
 pub struct KvCache {
     /// `[layers, 2, kv_heads, capacity, head_dim]`: one tensor, so that a path is kept in one selection for all layers.
     data: Tensor,
-    /// Views of `data` for each layer, `[2, kv_heads, capacity, head_dim]`.
+    /// Views of `data` for each layer, `[2, kv_heads, capacity, head_dim]`, for libtorch; and for our own kernel. One of them is empty: a short
+    /// request's cache would take longer to make than to fill.
     layers: Vec<Tensor>,
-    /// The same for our own kernel; empty where it does not run.
     slots: Vec<Slots>,
     length: usize,
 }
@@ -28,11 +28,9 @@ impl KvCache {
         // libtorch's attention also multiplies what a mask hides, which therefore has to be a number; our kernel never looks there.
         let own = attention::fits(options.0, options.1, config.head_dim);
         let data = if own { Tensor::f_empty(shape, options)? } else { Tensor::f_zeros(shape, options)? };
-        let layers: Vec<Tensor> = (0..config.layers as i64).map(|layer| data.f_get(layer)).collect::<Result<_, _>>()?;
-        let mut slots = vec![];
-        for layer in layers.iter().filter(|_| own) {
-            slots.extend(Slots::of(&layer.f_get(0)?, &layer.f_get(1)?));
-        }
+        let slots = if own { Slots::of_layers(&data) } else { vec![] };
+        let views = if slots.is_empty() { config.layers as i64 } else { 0 };
+        let layers = (0..views).map(|layer| data.f_get(layer)).collect::<Result<_, _>>()?;
         Ok(Self { data, layers, slots, length: 0 })
     }
 
@@ -69,7 +67,10 @@ impl KvCache {
         new: &Tensor,
         visible: usize,
     ) -> Result<(Tensor, Tensor), ModelError> {
-        let layer = &self.layers[layer];
+        let layer = match self.layers.get(layer) {
+            Some(view) => view.shallow_clone(),
+            None => self.data.f_get(layer as i64)?,
+        };
         layer.f_narrow(2, start as i64, new.size()[0])?.f_copy_(&new.f_permute([1, 2, 0, 3])?)?;
         let seen = |which: i64| layer.f_narrow(0, which, 1)?.f_narrow(2, 0, visible as i64);
         Ok((seen(0)?, seen(1)?))

@@ -43,8 +43,10 @@ pub struct Shared<'a> {
 /// One sequence's keys and values of one layer, `[kv_heads, capacity, dim]` each, with all that the kernel has to know of them: looked up
 /// once, and not anew for every forward.
 pub struct Slots {
-    keys: Tensor,
-    values: Tensor,
+    /// Where the keys and values are, and what keeps them there.
+    keys: *mut c_void,
+    values: *mut c_void,
+    _memory: (Tensor, Option<Tensor>),
     kind: Kind,
     kv_heads: usize,
     capacity: usize,
@@ -53,7 +55,28 @@ pub struct Slots {
     head_stride: usize,
 }
 
+// SAFETY: the pointers lead into the tensors, which may go to another thread.
+unsafe impl Send for Slots {}
+
 impl Slots {
+    /// Of every layer of a cache, `[layers, 2, kv_heads, capacity, dim]`; none if the kernel cannot read it.
+    pub fn of_layers(data: &Tensor) -> Vec<Self> {
+        let (&[layers, 2, kv_heads, capacity, dim], true) = (data.size().as_slice(), plain(data)) else { return vec![] };
+        let half = (kv_heads * capacity * dim) as usize * data.kind().elt_size_in_bytes();
+        let first = data.data_ptr().cast::<u8>();
+        let layer = |layer: usize| Self {
+            keys: first.wrapping_add(2 * layer * half).cast(),
+            values: first.wrapping_add((2 * layer + 1) * half).cast(),
+            _memory: (data.shallow_clone(), None),
+            kind: data.kind(),
+            kv_heads: kv_heads as usize,
+            capacity: capacity as usize,
+            dim: dim as usize,
+            head_stride: (capacity * dim) as usize,
+        };
+        (0..layers as usize).map(layer).collect()
+    }
+
     /// Those of `[kv_heads, capacity, dim]` tensors, if the kernel can read them.
     pub fn of(keys: &Tensor, values: &Tensor) -> Option<Self> {
         let (&[kv_heads, capacity, dim], &[head_stride, row, 1]) = (keys.size().as_slice(), keys.stride().as_slice()) else {
@@ -62,8 +85,9 @@ impl Slots {
         let alike = values.size() == keys.size() && values.stride() == keys.stride() && values.kind() == keys.kind();
         let here = keys.device() == tch::Device::Cpu && values.device() == tch::Device::Cpu;
         (alike && here && row == dim).then(|| Self {
-            keys: keys.shallow_clone(),
-            values: values.shallow_clone(),
+            keys: keys.data_ptr(),
+            values: values.data_ptr(),
+            _memory: (keys.shallow_clone(), Some(values.shallow_clone())),
             kind: keys.kind(),
             kv_heads: kv_heads as usize,
             capacity: capacity as usize,
@@ -146,7 +170,7 @@ fn rows_of<'a>(span: &'a Span) -> impl Iterator<Item = Row> + 'a {
             Seen::First(sees) => (sees[index], vec![]),
             Seen::Ancestors(parents) => (span.start, lineage(parents, index).into_iter().map(|at| span.start + at).collect()),
         };
-        let (keys, values, head_stride) = (span.slots.keys.data_ptr(), span.slots.values.data_ptr(), span.slots.head_stride);
+        let Slots { keys, values, head_stride, .. } = *span.slots;
         let (slot, slots) = (span.start + index, span.slots.capacity);
         Row { row, keys, values, head_stride, slots, slot, before, line }
     })
