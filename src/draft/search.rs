@@ -4,7 +4,7 @@
 use super::redrafter::{KEPT, Redrafter, Search};
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::model::Transformer;
-use crate::model::quantized::{Activations, Codes, Quantized, Scheme, Sharing};
+use crate::model::quantized::{Quantized, Scheme};
 use crate::tensor::kernels::integers::{DOTS, Integers, Width};
 use crate::tensor::kernels::linear::{product, row};
 use crate::tensor::kernels::packed::Packed;
@@ -41,8 +41,7 @@ enum Small {
 impl Small {
     fn of(weight: &Tensor) -> Option<Self> {
         let whole = || {
-            let scheme = Scheme { sharing: Sharing::Row, activations: Activations::Groups(GROUP), codes: Codes::Int8 };
-            let Quantized { codes, scales, .. } = Quantized::of(weight, scheme).ok()?;
+            let Quantized { codes, scales, .. } = Quantized::of(weight, Scheme::INT8).ok()?;
             Integers::of(Width::Eight, &codes, &scales, codes.size()[1] as usize, Some(GROUP)).ok()?
         };
         match DOTS.then(whole).flatten() {

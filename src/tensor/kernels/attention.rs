@@ -13,7 +13,6 @@ use tch::TchError;
 use super::attend::{Place, Room};
 use super::lanes::{Lanes, Stored};
 use super::pointwise::normalise;
-use super::strips::fetch;
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -329,9 +328,15 @@ impl Step {
         let size = if self.half { size_of::<u16>() } else { size_of::<f32>() };
         let offset = head / (self.heads / self.kv_heads) * row.head_stride * size;
         let bytes = (row.before * self.dim * size).min(FETCHED);
+        // SAFETY: a hint, which does nothing where there is no such memory.
+        #[cfg(target_arch = "x86_64")]
         for from in [row.keys, row.values] {
-            fetch(from.cast::<u8>().wrapping_add(offset), bytes);
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let line = |at: usize| from.cast::<i8>().wrapping_add(offset + at).cast_const();
+            (0..bytes).step_by(64).for_each(|at| unsafe { _mm_prefetch::<_MM_HINT_T0>(line(at)) });
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (offset, bytes);
     }
 
     /// Head `head` of the rows of one tile.

@@ -329,7 +329,7 @@ pub(super) unsafe fn write<T: Stored>(out: *mut T, values: [f32; LANES], count: 
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::alike;
+    use super::super::tests::{SHAPES, alike};
     use super::*;
     use tch::Device;
 
@@ -359,16 +359,7 @@ mod tests {
     fn products_are_exact_within_rounding() {
         for form in FORMS {
             for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-2)] {
-                for (rows, inputs, outputs, group) in [
-                    (1, 64, 10, 64),
-                    (3, 17, 5, 17),
-                    (4, 576, 131, 64),
-                    (7, 256, 944, 256),
-                    (32, 100, 33, 32),
-                    (90, 1536, 35, 1536),
-                    (2, 704, 256, 128),
-                    (1, 601, 300, 601),
-                ] {
+                for (rows, inputs, outputs, group) in SHAPES {
                     let ((codes, scales), x) = (weight(form, outputs, inputs, group), random(&[rows, inputs], kind));
                     let narrow = Narrow::of(form, &codes, &scales, group as usize).unwrap().unwrap();
                     let ours = narrow.product(&x).unwrap().unwrap();
@@ -388,7 +379,8 @@ mod tests {
         for form in FORMS {
             for (inputs, outputs, group) in [(200, 301, 64), (1536, 48, 1536), (601, 130, 601)] {
                 let ((codes, scales), x) = (weight(form, outputs, inputs, group), random(&[300, inputs], Kind::Float));
-                let weight = Narrow::of(form, &codes, &scales, group as usize).unwrap().unwrap();
+                let mut weight = Narrow::of(form, &codes, &scales, group as usize).unwrap().unwrap();
+                weight.read_from_memory();
                 alike(
                     &|first, rows| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap(),
                     &format!("{form:?}, {inputs} inputs"),

@@ -1,6 +1,6 @@
 //! Products of whole numbers, held to their definition.
 
-use super::super::tests::alike;
+use super::super::tests::{SHAPES, alike};
 use super::*;
 use tch::Device;
 
@@ -25,17 +25,6 @@ fn expected(x: &Tensor, codes: &Tensor, scales: &Tensor, group: i64, apart: i64)
     let scales = scales.to_kind(Kind::Double).repeat_interleave_self_int(group, 1, None::<i64>).narrow(1, 0, inputs);
     rounded.matmul(&(codes.to_kind(Kind::Double) * scales).transpose(0, 1))
 }
-
-const SHAPES: [(i64, i64, i64, i64); 8] = [
-    (1, 64, 10, 64),
-    (3, 17, 5, 17),
-    (4, 576, 131, 64),
-    (7, 256, 944, 256),
-    (32, 100, 33, 32),
-    (90, 1536, 35, 1536),
-    (2, 704, 256, 128),
-    (1, 256, 300, 256),
-];
 
 #[test]
 fn products_are_those_of_the_rounded_numbers() {

@@ -208,6 +208,18 @@ static FAST: LazyLock<bool> = LazyLock::new(|| {
 mod tests {
     use super::{Tensor, side_by_side};
 
+    /// Rows, inputs, outputs, and inputs that share a scale, of products with quantised weights.
+    pub const SHAPES: [(i64, i64, i64, i64); 8] = [
+        (1, 64, 10, 64),
+        (3, 17, 5, 17),
+        (4, 576, 131, 64),
+        (7, 256, 944, 256),
+        (32, 100, 33, 32),
+        (90, 1536, 35, 1536),
+        (2, 704, 256, 128),
+        (1, 601, 300, 601),
+    ];
+
     /// Holds `product(first, rows)`, of so many of 300 rows, to what each row comes to alone: by several threads, in tiles and blocks.
     pub fn alike(product: &dyn Fn(i64, i64) -> Tensor, of: &str) {
         let alone: Vec<Tensor> = (0..300).map(|row| product(row, 1)).collect();

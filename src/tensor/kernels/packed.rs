@@ -356,7 +356,8 @@ mod tests {
         for kind in [Kind::Float, Kind::BFloat16] {
             for (inputs, outputs) in [(200, 301), (1536, 48), (601, 130)] {
                 let (x, weight) = (random(&[300, inputs], kind), random(&[outputs, inputs], kind));
-                let weight = Packed::of(&weight).unwrap().unwrap();
+                let mut weight = Packed::of(&weight).unwrap().unwrap();
+                weight.read_from_memory();
                 alike(
                     &|first, rows| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap(),
                     &format!("{kind:?}, {inputs} inputs"),

@@ -39,18 +39,6 @@ pub struct Part {
 /// How far ahead of what is used weights are asked for, in bytes.
 const AHEAD: usize = 2048;
 
-/// Asks for so many bytes, which are used soon and perhaps again.
-#[inline(always)]
-pub fn fetch(from: *const u8, bytes: usize) {
-    // SAFETY: a hint, which does nothing where there is no such memory.
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..bytes).step_by(64) {
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(from.cast::<i8>().wrapping_add(line)) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, bytes);
-}
-
 impl Part {
     /// For further rows, which find its lines in the caches.
     pub fn at_hand(self) -> Self {
