@@ -23,6 +23,7 @@ use tokio::time::Sleep;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
+use super::together::Together;
 use crate::service::tls::Tls;
 
 /// A browser's or proxy's worth of headers; ours are a few hundred bytes.
@@ -107,7 +108,7 @@ impl Port {
                 let opened = tokio::time::timeout(OPENING_TIME_MAX, acceptor.accept(stream)).await;
                 let Ok(Ok(transport)) = opened else { return debug!("a handshake failed") };
                 let service = router.map_request(|request: http::Request<Incoming>| request.map(Body::new));
-                let io = TokioIo::new(Bounded::new(transport, stall_time_max));
+                let io = TokioIo::new(Together::new(Bounded::new(transport, stall_time_max)));
                 let connection = builder.serve_connection(io, TowerToHyperService::new(service)).into_owned();
                 if let Err(error) = watcher.watch(connection).await {
                     debug!(error, "a connection failed");

@@ -7,6 +7,7 @@
 pub(crate) mod api;
 pub mod listen;
 mod page;
+mod together;
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -22,8 +22,9 @@ const DIM_MAX: usize = 256;
 const TILE: usize = 16;
 /// Bytes of keys, and of values, that are asked for before they are used; longer pieces come by themselves.
 const FETCHED: usize = 16 * 1024;
-/// Attention over fewer keys, all heads and queries together, is not worth other threads.
+/// Attention over fewer keys, all heads and queries together, is not worth other threads; nor are fewer keys to be stored.
 const PARALLEL_FROM: usize = 1024;
+const STORE_PARALLEL_FROM: usize = 128;
 
 /// What all rows of a forward share.
 pub struct Shared<'a> {
@@ -138,6 +139,7 @@ pub fn attention(shared: &Shared, spans: &[Span]) -> Result<Option<Tensor>, TchE
         return Ok(None);
     }
     let out = Tensor::f_empty([rows as i64, (heads * dim) as i64], (kind, tch::Device::Cpu))?;
+    let tiles = tiles(spans);
     let pointer = |tensor: Option<&Tensor>| tensor.map_or(std::ptr::null(), |tensor| tensor.data_ptr().cast_const());
     let step = Step {
         qkv: qkv.data_ptr(),
@@ -151,13 +153,16 @@ pub fn attention(shared: &Shared, spans: &[Span]) -> Result<Option<Tensor>, TchE
         kv_heads: *kv_heads,
         dim: *dim,
         rows: spans.iter().flat_map(rows_of).collect(),
-        tiles: tiles(spans),
+        stores: tiles.len() == spans.len() && even(tiles.len() * kv_heads),
+        tiles,
         half: kind == Kind::BFloat16,
     };
     let looked_at: usize = step.rows.iter().map(|row| row.before + row.line.len()).sum();
     // SAFETY: contiguous tensors of these sizes and types, which outlive the calls; every slot is within its cache.
     unsafe {
-        launch(&Store(&step), heads * rows >= PARALLEL_FROM);
+        if !step.stores {
+            launch(&Store(&step), kv_heads * rows >= STORE_PARALLEL_FROM);
+        }
         launch(&step, heads * looked_at >= PARALLEL_FROM);
     }
     Ok(Some(out))
@@ -185,6 +190,12 @@ fn tiles(spans: &[Span]) -> Vec<Range<usize>> {
         first = end;
     }
     tiles
+}
+
+/// Whether so many tasks are even shares for all threads, or nearly.
+fn even(tasks: usize) -> bool {
+    let threads = tch::get_num_threads().max(1) as usize;
+    tasks.is_multiple_of(threads) || tasks >= 8 * threads
 }
 
 /// Whether heads of this size and type can be done here.
@@ -238,19 +249,20 @@ struct Step {
     rows: Vec<Row>,
     /// Rows of one sequence that go through its keys together.
     tiles: Vec<Range<usize>>,
+    /// Whether a tile's keys and values are stored by whoever looks at them: a tile is all that its sequence has in this forward.
+    stores: bool,
     half: bool,
 }
 
-/// The part that must be complete before any query looks: keys and values into the cache.
+/// The part that must be complete before any query looks, where several tiles look at the same: keys and values into the cache.
 struct Store<'a>(&'a Step);
 
 impl Kernel for Store<'_> {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         let rows = &self.0.rows;
-        for row in &rows[rows.len() * thread / threads..rows.len() * (thread + 1) / threads] {
-            unsafe { if self.0.half { self.0.store::<V, u16>(row) } else { self.0.store::<V, f32>(row) } }
-        }
+        let rows = &rows[rows.len() * thread / threads..rows.len() * (thread + 1) / threads];
+        (0..self.0.kv_heads).for_each(|head| unsafe { self.0.store::<V>(rows, head) });
     }
 }
 
@@ -258,17 +270,25 @@ impl Kernel for Step {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         let mut room = Room::default();
+        let group = self.heads / self.kv_heads;
+        // A task is a head of a tile, or all heads that share keys where these are stored as well.
+        let (count, heads) = if self.stores { (self.kv_heads, group) } else { (self.heads, 1) };
         // Tiles further down a sequence see more keys: threads take turns.
-        for task in (thread..self.tiles.len() * self.heads).step_by(threads) {
-            let (rows, head) = (&self.rows[self.tiles[task / self.heads].clone()], task % self.heads);
-            if let Some(next) = self.tiles.get((task + threads) / self.heads) {
-                self.fetch(&self.rows[next.start], (task + threads) % self.heads);
+        for task in (thread..self.tiles.len() * count).step_by(threads) {
+            let (rows, first) = (&self.rows[self.tiles[task / count].clone()], task % count * heads);
+            if let Some(next) = self.tiles.get((task + threads) / count) {
+                self.fetch(&self.rows[next.start], (task + threads) % count * heads);
             }
             unsafe {
-                if self.half {
-                    self.attend::<V, u16>(rows, head, &mut room)
-                } else {
-                    self.attend::<V, f32>(rows, head, &mut room)
+                if self.stores {
+                    self.store::<V>(rows, first / group);
+                }
+                for head in first..first + heads {
+                    if self.half {
+                        self.attend::<V, u16>(rows, head, &mut room)
+                    } else {
+                        self.attend::<V, f32>(rows, head, &mut room)
+                    }
                 }
             }
         }
@@ -302,11 +322,17 @@ impl Step {
         }
     }
 
+    /// Keys and values of one head of some rows, into the cache.
     #[inline(always)]
-    unsafe fn store<V: Lanes, T: Stored>(&self, row: &Row) {
+    unsafe fn store<V: Lanes>(&self, rows: &[Row], head: usize) {
+        unsafe { if self.half { self.store_as::<V, u16>(rows, head) } else { self.store_as::<V, f32>(rows, head) } }
+    }
+
+    #[inline(always)]
+    unsafe fn store_as<V: Lanes, T: Stored>(&self, rows: &[Row], head: usize) {
         let mut key = [0f32; DIM_MAX];
         let key = &mut key[..self.dim];
-        for head in 0..self.kv_heads {
+        for row in rows {
             unsafe {
                 self.rotated::<V, T>(row.row, self.heads + head, self.key_norm, key);
                 let slot = head * row.head_stride + row.slot * self.dim;
