@@ -59,14 +59,15 @@ fn attention(criterion: &mut Criterion) {
             group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(500));
             for (rows, slots) in [(1, 64), (1, 512), (8, 64), (80, 80), (128, 128), (256, 256), (32, 512)] {
                 let qkv = random(&[rows, (heads + 2 * kv_heads) * dim], kind);
-                let angles = (random(&[rows, 1, dim], Kind::Float), random(&[rows, 1, dim], Kind::Float));
+                let angles = (random(&[slots, dim], Kind::Float), random(&[slots, dim], Kind::Float));
+                let positions: Vec<usize> = (0..rows as usize).collect();
                 let (keys, values) = (random(&[kv_heads, slots, dim], kind), random(&[kv_heads, slots, dim], kind));
                 let shared = Shared {
-                    qkv: &qkv,
                     heads: heads as usize,
                     kv_heads: kv_heads as usize,
                     dim: dim as usize,
-                    angles: &angles,
+                    angles: (&angles.0, &angles.1),
+                    positions: &positions,
                     norms: None,
                     eps: 0.0,
                 };
@@ -75,7 +76,7 @@ fn attention(criterion: &mut Criterion) {
                 let shape = format!("{rows} over {slots}");
                 group.bench_function(BenchmarkId::new("ours", &shape), |bencher| {
                     let (slots, seen) = (&Slots::of(&keys, &values).unwrap(), Seen::First(&sees));
-                    bencher.iter(|| attend(&shared, &[Span { rows: 0..rows, slots, start, seen }]).unwrap().unwrap());
+                    bencher.iter(|| attend(&shared, &qkv, &[Span { rows: 0..rows, slots, start, seen }]).unwrap().unwrap());
                 });
                 let query = random(&[1, kv_heads, heads / kv_heads * rows as i64, dim], kind);
                 let (keys, values) = (keys.unsqueeze(0), values.unsqueeze(0));

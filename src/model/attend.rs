@@ -171,6 +171,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::config::ModelConfig;
     use crate::model::family::Attention;
+    use crate::model::forward::Way;
     use crate::model::{Layout, RandomWeights, Segment};
     use crate::tensor::{Device, Dtype, Placement};
 
@@ -184,7 +185,7 @@ mod tests {
         ModelConfig::from_json(&json).unwrap()
     }
 
-    /// Every layout, in one forward: what our kernel makes of it, and libtorch.
+    /// Every layout, in one forward: what our kernels make of it, at once and one by one, and libtorch.
     #[test]
     fn every_layout_is_attended_alike_by_both() {
         let config = config();
@@ -209,7 +210,7 @@ mod tests {
             let placement = Placement { device: Device::Cpu, dtype };
             let model = Transformer::new(&config, placement, 64, &mut RandomWeights { placement }).unwrap();
             assert!(model.rows_are_independent());
-            let run = |own: bool| {
+            let run = |way: Way| {
                 let begun = |(kept, rows, layout): &(usize, usize, Layout)| {
                     let mut cache = KvCache::new(&config, placement, 24).unwrap();
                     // What is masked must be a number.
@@ -218,7 +219,7 @@ mod tests {
                     let before: Vec<u32> = (0..*kept as u32).map(|at| (at * 7 + *rows as u32) % 100).collect();
                     if *kept > 0 {
                         let segment = Segment { tokens: &before, layout: Layout::Causal, cache: Some(&cache) };
-                        let _written = model.forward_by(&[segment], true).unwrap();
+                        let _written = model.forward_by(&[segment], Way::AtOnce).unwrap();
                         cache.keep(&(0..*kept).collect::<Vec<_>>()).unwrap();
                     }
                     let tokens: Vec<u32> = (0..*rows as u32).map(|at| (at * 13 + 5 * *kept as u32) % 100).collect();
@@ -231,7 +232,7 @@ mod tests {
                         layout: *layout,
                         cache: (!whole).then_some(cache),
                     });
-                    let hidden = model.forward_by(&segments.collect::<Vec<_>>(), own).unwrap();
+                    let hidden = model.forward_by(&segments.collect::<Vec<_>>(), way).unwrap();
                     let caches = begun.iter_mut().map(|(cache, tokens, _)| {
                         cache.keep(&(0..tokens.len()).collect::<Vec<_>>()).unwrap();
                         cache.kept().unwrap().reshape([-1])
@@ -239,7 +240,9 @@ mod tests {
                     (hidden.to_kind(Kind::Float), Tensor::cat(&caches.collect::<Vec<_>>(), 0))
                 })
             };
-            let ((ours, our_keys), (theirs, their_keys)) = (run(true), run(false));
+            let ((ours, our_keys), (theirs, their_keys)) = (run(Way::AtOnce), run(Way::Libtorch));
+            let (single, single_keys) = run(Way::Kernels);
+            assert!(ours.equal(&single) && our_keys.equal(&single_keys), "{dtype:?}: one launch gives other numbers than many");
             let mut first = 0;
             for (case, (_, rows, layout)) in cases.iter().enumerate() {
                 let part = |hidden: &Tensor| hidden.narrow(0, first, *rows as i64);

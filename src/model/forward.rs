@@ -11,7 +11,7 @@ use super::cache::KvCache;
 use super::family::Attention;
 use super::{Layer, ModelError, Transformer};
 use crate::tensor::kernels::attention::{self as kernel, Seen};
-use crate::tensor::{Kind, Tensor, upload};
+use crate::tensor::{Tensor, upload};
 
 /// How the tokens of a [`Segment`] stand to one another and to what its cache holds.
 #[derive(Clone, Copy, Debug)]
@@ -38,8 +38,19 @@ pub struct Segment<'a> {
     pub cache: Option<&'a KvCache>,
 }
 
+/// How a forward is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// By our own kernels, all in one launch if every product can be.
+    AtOnce,
+    /// Operation by operation, attention by our own kernel.
+    Kernels,
+    /// Attention by libtorch.
+    Libtorch,
+}
+
 /// A segment made ready: its rows, and who sees what.
-struct Plan<'a> {
+pub(super) struct Plan<'a> {
     cache: Option<&'a KvCache>,
     rows: Range<usize>,
     /// Slot of the first row's key, and of the first that no row looks at.
@@ -72,11 +83,20 @@ impl Transformer {
 
     /// Every operation once, for all segments.
     pub(super) fn forward_together(&self, segments: &[Segment]) -> Result<Tensor, ModelError> {
-        self.forward_by(segments, self.rows_are_independent())
+        self.forward_by(
+            segments,
+            match (self.rows_are_independent(), &self.graphs) {
+                (false, _) => Way::Libtorch,
+                (true, None) => Way::AtOnce,
+                // Where the layers are recorded, the recording is the list.
+                (true, Some(_)) => Way::Kernels,
+            },
+        )
     }
 
-    /// Attention by our own kernel, or by libtorch.
-    pub(super) fn forward_by(&self, segments: &[Segment], own: bool) -> Result<Tensor, ModelError> {
+    /// One way or another.
+    pub(super) fn forward_by(&self, segments: &[Segment], way: Way) -> Result<Tensor, ModelError> {
+        let own = way != Way::Libtorch;
         let (mut tokens, mut positions, mut plans) = (vec![], vec![], Vec::with_capacity(segments.len()));
         for segment in segments {
             let plan = self.plan(segment, tokens.len(), own, &mut positions)?;
@@ -87,9 +107,12 @@ impl Transformer {
             return Err(ModelError::TokenOutOfRange { id, vocab_size: self.config.vocab_size });
         }
         if own {
-            let angles = self.rotary.at(&positions, Kind::Float)?;
             let tokens = Tensor::f_from_slice(&tokens)?;
-            return self.through(&tokens, |index, layer, qkv| self.attend_few(index, layer, qkv, &angles, &plans));
+            let listed = if way == Way::AtOnce { self.at_once(&tokens, &positions, &plans)? } else { None };
+            return match listed {
+                Some(hidden) => Ok(hidden),
+                None => self.through(&tokens, |index, layer, qkv| self.attend_few(index, layer, qkv, &positions, &plans)),
+            };
         }
         let (tokens, angles, shares) = self.ready(tokens, &positions, &plans)?;
         self.through(&tokens, |index, layer, qkv| self.attend(index, layer, qkv, &angles, &shares))
@@ -229,43 +252,37 @@ impl Transformer {
         Ok(Plan { cache: segment.cache, rows: first..first + length, start, visible, seen, canonical, scratch })
     }
 
-    /// Attention of all segments by our own kernel: one launch.
+    /// Attention of all segments by our own kernel.
     fn attend_few(
         &self,
         index: usize,
         layer: &Layer,
         qkv: &Tensor,
-        angles: &(Tensor, Tensor),
+        positions: &[usize],
         plans: &[Plan],
     ) -> Result<Tensor, ModelError> {
-        let c = &self.config;
-        let shared = kernel::Shared {
-            qkv,
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            dim: c.head_dim,
-            angles,
-            norms: layer.qk_norm.as_ref().map(|(query, key)| (query, key)),
-            eps: c.norm_eps,
-        };
-        fn span<'a>(plan: &'a Plan, index: usize) -> Option<kernel::Span<'a>> {
-            let slots = match &plan.scratch {
-                Some(scratch) => scratch,
-                None => plan.cache?.slots(index)?,
-            };
-            let seen = match &plan.seen {
-                Sight::First(sees) => Seen::First(sees),
-                Sight::Ancestors(parents) => Seen::Ancestors(parents),
-            };
-            Some(kernel::Span { rows: plan.rows.clone(), slots, start: plan.start, seen })
-        }
-        let spans: Option<Vec<_>> = plans.iter().map(|plan| span(plan, index)).collect();
-        let Some(spans) = spans else { return Err(ModelError::Torch("a segment has no place for its keys".into())) };
-        match kernel::attention(&shared, &spans)? {
+        let spans = spans(plans, index).ok_or_else(|| ModelError::Torch("a segment has no place for its keys".into()))?;
+        match kernel::attention(&self.shared(layer, positions), qkv, &spans)? {
             Some(mixed) => Ok(mixed),
             None => Err(ModelError::Torch("a forward was given tensors that its attention kernel does not take".into())),
         }
     }
+}
+
+/// Where each segment's keys and values of a layer are, and who sees which; `None` if one has no place.
+pub(super) fn spans<'a>(plans: &'a [Plan<'a>], layer: usize) -> Option<Vec<kernel::Span<'a>>> {
+    fn span<'a>(plan: &'a Plan, layer: usize) -> Option<kernel::Span<'a>> {
+        let slots = match &plan.scratch {
+            Some(scratch) => scratch,
+            None => plan.cache?.slots(layer)?,
+        };
+        let seen = match &plan.seen {
+            Sight::First(sees) => Seen::First(sees),
+            Sight::Ancestors(parents) => Seen::Ancestors(parents),
+        };
+        Some(kernel::Span { rows: plan.rows.clone(), slots, start: plan.start, seen })
+    }
+    plans.iter().map(|plan| span(plan, layer)).collect()
 }
 
 /// Depth of every node of a tree.

@@ -8,6 +8,7 @@
 //! The stack knows nothing of sampling, canvases or requests.
 
 mod apart;
+mod at_once;
 mod attend;
 pub mod cache;
 pub mod family;

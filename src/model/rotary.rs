@@ -34,6 +34,11 @@ impl Rotary {
         self.cos.size()[0] as usize
     }
 
+    /// Cosines and sines of all positions, `[positions, head_dim]` in f32.
+    pub fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Cosines and sines of `length` positions from `start`, `[length, 1, head_dim]` in `kind`.
     pub fn window(&self, start: usize, length: usize, kind: Kind) -> Result<(Tensor, Tensor), ModelError> {
         if start + length > self.positions() {

@@ -6,6 +6,7 @@ use crate::model::ModelError;
 use crate::model::quantized::{Activations, Codes, Quantized, Scheme, Sharing, rounded};
 use crate::tensor::kernels::codes::{Form, Narrow};
 use crate::tensor::kernels::integers::{Integers, Width};
+use crate::tensor::kernels::turns::{Rows, Turns};
 use crate::tensor::{Device, Dtype, Tensor};
 
 pub(super) fn form(weight: &Quantized, placement: Placement) -> Result<Option<Box<dyn Product>>, ModelError> {
@@ -41,6 +42,10 @@ impl Product for Integers {
         }
     }
 
+    fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        Integers::turn(self, x, out, turns)
+    }
+
     fn bytes(&self) -> usize {
         Integers::bytes(self)
     }
@@ -66,6 +71,10 @@ impl Product for Widened {
             Some(out) => add(out, bias),
             None => Err(unsuited(x)),
         }
+    }
+
+    fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        if self.scheme.activations == Activations::Kept { self.weight.turn(x, out, turns) } else { None }
     }
 
     fn bytes(&self) -> usize {

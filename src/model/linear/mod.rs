@@ -13,7 +13,9 @@ use tracing::warn;
 
 use super::ModelError;
 use super::quantized::{Matrix, Quantized, Scheme};
-use crate::tensor::kernels::{self, packed::Packed};
+use crate::tensor::kernels::packed::Packed;
+use crate::tensor::kernels::turns::{Rows, Turns};
+use crate::tensor::kernels::{self, pointwise};
 use crate::tensor::{Device, Dtype, Kind, Placement, Tensor};
 
 /// `x · weightᵀ + bias`.
@@ -28,6 +30,11 @@ pub(super) struct Linear {
 trait Product: Send {
     /// `x · weightᵀ + bias`, `[..., inputs]` to `[..., outputs]`.
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, ModelError>;
+
+    /// The product, without a bias, among other kernels' turns, from plain memory to plain memory; `None` where only tensors will do.
+    fn turn(&self, _x: Rows, _out: Rows, _turns: &mut Turns) -> Option<()> {
+        None
+    }
 
     /// Bytes that it holds.
     fn bytes(&self) -> usize;
@@ -63,6 +70,12 @@ impl Linear {
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         self.weight.product(x, self.bias.as_ref())
+    }
+
+    /// [`Linear::forward`] among other kernels' turns, if it can.
+    pub fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        self.weight.turn(x, out, turns)?;
+        self.bias.as_ref().map_or(Some(()), |bias| pointwise::add_bias(out, bias, turns))
     }
 
     pub fn scheme(&self) -> Option<Scheme> {
@@ -201,6 +214,10 @@ impl Product for Packed {
             Some(out) => add(out, bias),
             None => Err(unsuited(x)),
         }
+    }
+
+    fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        Packed::turn(self, x, out, turns)
     }
 
     fn bytes(&self) -> usize {

@@ -207,7 +207,7 @@ mod tests {
     impl Given {
         fn new(dim: i64, kind: Kind) -> Self {
             let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
-            let turn = random(&[SLOTS, 1, dim]);
+            let turn = random(&[SLOTS, dim]);
             Self { dim, kind, qkv: random(&[SLOTS, 8 * dim]).to_kind(kind), angles: (turn.cos(), turn.sin()) }
         }
 
@@ -218,17 +218,18 @@ mod tests {
         /// Results of so many rows from `start` on.
         fn run(&self, start: usize, seen: Seen, count: usize, keys: &Tensor, values: &Tensor) -> Tensor {
             let part = |tensor: &Tensor| tensor.narrow(0, start as i64, count as i64);
+            let positions: Vec<usize> = (start..start + count).collect();
             let shared = Shared {
-                qkv: &part(&self.qkv),
                 heads: 4,
                 kv_heads: 2,
                 dim: self.dim as usize,
-                angles: &(part(&self.angles.0), part(&self.angles.1)),
+                angles: (&self.angles.0, &self.angles.1),
+                positions: &positions,
                 norms: None,
                 eps: 0.0,
             };
             let slots = &Slots::of(keys, values).unwrap();
-            attention(&shared, &[Span { rows: 0..count, slots, start, seen }]).unwrap().unwrap()
+            attention(&shared, &part(&self.qkv), &[Span { rows: 0..count, slots, start, seen }]).unwrap().unwrap()
         }
     }
 
@@ -243,7 +244,8 @@ mod tests {
                 let query = double(&given.qkv).view([SLOTS, 8, dim]).narrow(1, 0, 4);
                 let half = query.narrow(2, dim / 2, dim / 2);
                 let turned = Tensor::cat(&[-half, query.narrow(2, 0, dim / 2)], 2);
-                let query = (query * double(&given.angles.0) + turned * double(&given.angles.1)).transpose(0, 1);
+                let query = (query * double(&given.angles.0).unsqueeze(1) + turned * double(&given.angles.1).unsqueeze(1))
+                    .transpose(0, 1);
                 let spread = |tensor: &Tensor| double(tensor).repeat_interleave_self_int(2, 0, None);
                 let scores = query.matmul(&spread(&keys).transpose(1, 2)) / (dim as f64).sqrt();
                 let right = scores.softmax(-1, Kind::Double).matmul(&spread(&values)).transpose(0, 1).reshape([SLOTS, 4 * dim]);

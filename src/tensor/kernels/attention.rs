@@ -7,13 +7,15 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
+use std::rc::Rc;
 
 use tch::TchError;
 
 use super::attend::{Place, Room};
 use super::lanes::{Lanes, Stored};
 use super::pointwise::normalise;
-use super::{Kernel, launch, plain};
+use super::turns::{Rows, Turns};
+use super::{Kernel, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Largest size of a head.
@@ -23,18 +25,17 @@ const TILE: usize = 16;
 /// Bytes of keys, and of values, that are asked for before they are used; longer pieces come by themselves.
 const FETCHED: usize = 16 * 1024;
 /// Attention over fewer keys, all heads and queries together, is not worth other threads; nor are fewer keys to be stored.
-const PARALLEL_FROM: usize = 1024;
-const STORE_PARALLEL_FROM: usize = 128;
+const PARALLEL_FROM: usize = 256;
+const STORE_PARALLEL_FROM: usize = 64;
 
 /// What all rows of a forward share.
 pub struct Shared<'a> {
-    /// `[rows, (heads + 2 · kv_heads) · dim]`: queries, keys and values of each row.
-    pub qkv: &'a Tensor,
     pub heads: usize,
     pub kv_heads: usize,
     pub dim: usize,
-    /// `[rows, 1, dim]` each, f32.
-    pub angles: &'a (Tensor, Tensor),
+    /// Cosines and sines of all positions, `[positions, dim]` each, f32, and the position of every row.
+    pub angles: (&'a Tensor, &'a Tensor),
+    pub positions: &'a [usize],
     /// RMSNorm over each head of queries and of keys, `[dim]`, and its epsilon.
     pub norms: Option<(&'a Tensor, &'a Tensor)>,
     pub eps: f64,
@@ -115,60 +116,73 @@ pub enum Seen<'a> {
     Ancestors(&'a [usize]),
 }
 
-/// The result for every row, `[rows, heads · dim]`, with the keys and values of every span written; or `None` where libtorch should
-/// do it. Slots must be within the capacity, and parents before their children.
-pub fn attention(shared: &Shared, spans: &[Span]) -> Result<Option<Tensor>, TchError> {
-    let (Shared { qkv, heads, kv_heads, dim, .. }, kind) = (shared, shared.qkv.kind());
-    let width = (heads + 2 * kv_heads) * dim;
+/// The result for every row of `qkv: [rows, (heads + 2 · kv_heads) · dim]` (queries, keys and values), `[rows, heads · dim]`, with the keys and
+/// values of every span written; or `None` where libtorch should do it.
+pub fn attention(shared: &Shared, qkv: &Tensor, spans: &[Span]) -> Result<Option<Tensor>, TchError> {
+    let Some(from) = Rows::of(qkv) else { return Ok(None) };
+    let out = Tensor::f_empty([from.count as i64, (shared.heads * shared.dim) as i64], (qkv.kind(), tch::Device::Cpu))?;
+    let mut turns = Turns::default();
+    if Rows::of(&out).and_then(|out| attend(shared, from, out, spans, &mut turns)).is_none() {
+        return Ok(None);
+    }
+    // SAFETY: contiguous tensors of these sizes and types, which outlive the call.
+    unsafe { turns.run() };
+    Ok(Some(out))
+}
+
+/// [`attention`] into `out`. Slots must be within the capacity, and parents before their children; `None` if sizes or types do not fit.
+pub fn attend(shared: &Shared, qkv: Rows, out: Rows, spans: &[Span], turns: &mut Turns) -> Option<()> {
+    let Shared { heads, kv_heads, dim, positions, .. } = *shared;
+    let kind = if qkv.half { Kind::BFloat16 } else { Kind::Float };
     let inside = |span: &Span| {
         let capacity = span.slots.capacity;
         let sees = match span.seen {
             Seen::First(sees) => sees.len() == span.rows.len() && sees.iter().all(|sees| (1..=capacity).contains(sees)),
             Seen::Ancestors(parents) => parents.len() == span.rows.len(),
         };
-        let alike = span.slots.kind == kind && span.slots.kv_heads == *kv_heads && span.slots.dim == *dim;
-        alike && sees && span.start + span.rows.len() <= capacity
+        let alike = span.slots.kind == kind && span.slots.kv_heads == kv_heads && span.slots.dim == dim;
+        alike && sees && span.start + span.rows.len() <= capacity && span.rows.end <= qkv.count
     };
-    let fits = fits(kind, qkv.device(), *dim)
-        && plain(qkv)
-        && qkv.numel().is_multiple_of(width)
-        && spans.iter().all(inside)
-        && shared.norms.is_none_or(|(q, k)| plain(q) && plain(k) && q.kind() == kind && k.kind() == kind);
-    let rows = qkv.numel() / width;
-    if !fits || spans.iter().map(|span| span.rows.len()).sum::<usize>() != rows || spans.iter().any(|s| s.rows.end > rows) {
-        return Ok(None);
-    }
-    let out = Tensor::f_empty([rows as i64, (heads * dim) as i64], (kind, tch::Device::Cpu))?;
+    let table = |table: &Tensor| Rows::of(table).filter(|table| !table.half && table.width == dim);
+    let (cos, sin) = (table(shared.angles.0)?, table(shared.angles.1)?);
+    let turned = positions.len() == qkv.count && positions.iter().all(|position| *position < cos.count.min(sin.count));
+    let norm = |norm: Option<&Tensor>| match norm {
+        None => Some(std::ptr::null()),
+        Some(norm) => {
+            Rows::of(norm).filter(|norm| norm.half == qkv.half && norm.width == dim).map(|norm| norm.data.cast_const())
+        }
+    };
+    let (query_norm, key_norm) = (norm(shared.norms.map(|norms| norms.0))?, norm(shared.norms.map(|norms| norms.1))?);
+    let widths = qkv.width == (heads + 2 * kv_heads) * dim && out.width == heads * dim;
+    let rows: Vec<Row> = spans.iter().flat_map(|span| rows_of(span, positions)).collect();
+    let fits = fits(kind, tch::Device::Cpu, dim) && widths && turned && rows.len() == qkv.count && spans.iter().all(inside);
+    qkv.beside(&out).filter(|()| fits)?;
+    let looked_at: usize = rows.iter().map(|row| row.before + row.line.len()).sum();
     let tiles = tiles(spans);
-    let pointer = |tensor: Option<&Tensor>| tensor.map_or(std::ptr::null(), |tensor| tensor.data_ptr().cast_const());
-    let step = Step {
-        qkv: qkv.data_ptr(),
-        cos: shared.angles.0.data_ptr().cast(),
-        sin: shared.angles.1.data_ptr().cast(),
-        query_norm: pointer(shared.norms.map(|norms| norms.0)),
-        key_norm: pointer(shared.norms.map(|norms| norms.1)),
+    let step = Rc::new(Step {
+        qkv: qkv.data,
+        cos: cos.data.cast(),
+        sin: sin.data.cast(),
+        query_norm,
+        key_norm,
         eps: shared.eps as f32,
-        out: out.data_ptr(),
-        heads: *heads,
-        kv_heads: *kv_heads,
-        dim: *dim,
-        rows: spans.iter().flat_map(rows_of).collect(),
+        out: out.data,
+        heads,
+        kv_heads,
+        dim,
+        rows,
         stores: tiles.len() == spans.len() && even(tiles.len() * kv_heads),
         tiles,
-        half: kind == Kind::BFloat16,
-    };
-    let looked_at: usize = step.rows.iter().map(|row| row.before + row.line.len()).sum();
-    // SAFETY: contiguous tensors of these sizes and types, which outlive the calls; every slot is within its cache.
-    unsafe {
-        if !step.stores {
-            launch(&Store(&step), kv_heads * rows >= STORE_PARALLEL_FROM);
-        }
-        launch(&step, heads * looked_at >= PARALLEL_FROM);
+        half: qkv.half,
+    });
+    if !step.stores {
+        turns.push(Store(step.clone()), kv_heads * qkv.count >= STORE_PARALLEL_FROM);
     }
-    Ok(Some(out))
+    turns.push(step, heads * looked_at >= PARALLEL_FROM);
+    Some(())
 }
 
-fn rows_of<'a>(span: &'a Span) -> impl Iterator<Item = Row> + 'a {
+fn rows_of<'a>(span: &'a Span, positions: &'a [usize]) -> impl Iterator<Item = Row> + 'a {
     span.rows.clone().enumerate().map(|(index, row)| {
         let (before, line) = match span.seen {
             Seen::First(sees) => (sees[index], vec![]),
@@ -176,7 +190,8 @@ fn rows_of<'a>(span: &'a Span) -> impl Iterator<Item = Row> + 'a {
         };
         let Slots { keys, values, head_stride, .. } = *span.slots;
         let (slot, slots) = (span.start + index, span.slots.capacity);
-        Row { row, keys, values, head_stride, slots, slot, before, line }
+        let position = positions.get(row).copied().unwrap_or(usize::MAX);
+        Row { row, position, keys, values, head_stride, slots, slot, before, line }
     })
 }
 
@@ -222,6 +237,7 @@ pub fn lineage(parents: &[usize], row: usize) -> Vec<usize> {
 /// One row's place among the caches.
 pub(super) struct Row {
     pub row: usize,
+    position: usize,
     keys: *mut c_void,
     values: *mut c_void,
     /// From one head's keys to the next one's, in elements.
@@ -255,9 +271,9 @@ struct Step {
 }
 
 /// The part that must be complete before any query looks, where several tiles look at the same: keys and values into the cache.
-struct Store<'a>(&'a Step);
+struct Store(Rc<Step>);
 
-impl Kernel for Store<'_> {
+impl Kernel for Store {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         let rows = &self.0.rows;
@@ -266,7 +282,7 @@ impl Kernel for Store<'_> {
     }
 }
 
-impl Kernel for Step {
+impl Kernel for Rc<Step> {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         let mut room = Room::default();
@@ -298,10 +314,10 @@ impl Kernel for Step {
 impl Step {
     /// Normalised, rotated and in f32: head `head` of row `row`.
     #[inline(always)]
-    unsafe fn rotated<V: Lanes, T: Stored>(&self, row: usize, head: usize, norm: *const c_void, out: &mut [f32]) {
+    unsafe fn rotated<V: Lanes, T: Stored>(&self, row: &Row, head: usize, norm: *const c_void, out: &mut [f32]) {
         let (dim, half) = (self.dim, self.dim / 2);
         unsafe {
-            let from = self.qkv.cast::<T>().add((row * (self.heads + 2 * self.kv_heads) + head) * dim);
+            let from = self.qkv.cast::<T>().add((row.row * (self.heads + 2 * self.kv_heads) + head) * dim);
             let x = std::slice::from_raw_parts(from, dim);
             if norm.is_null() {
                 for (out, x) in out.iter_mut().zip(x) {
@@ -311,7 +327,7 @@ impl Step {
                 let weight = std::slice::from_raw_parts(norm.cast::<T>(), dim);
                 normalise::<V, T>(x, weight, self.eps, |at, value| out[at] = value);
             }
-            let (out, cos, sin) = (out.as_mut_ptr(), self.cos.add(row * dim), self.sin.add(row * dim));
+            let (out, cos, sin) = (out.as_mut_ptr(), self.cos.add(row.position * dim), self.sin.add(row.position * dim));
             let whole = half / EIGHT * EIGHT;
             for at in (0..whole).step_by(EIGHT) {
                 turn::<EIGHT>(out.add(at), cos.add(at), sin.add(at), half);
@@ -334,7 +350,7 @@ impl Step {
         let key = &mut key[..self.dim];
         for row in rows {
             unsafe {
-                self.rotated::<V, T>(row.row, self.heads + head, self.key_norm, key);
+                self.rotated::<V, T>(row, self.heads + head, self.key_norm, key);
                 let slot = head * row.head_stride + row.slot * self.dim;
                 let keys = std::slice::from_raw_parts_mut(row.keys.cast::<T>().add(slot), self.dim);
                 for (out, key) in keys.iter_mut().zip(&*key) {
@@ -373,7 +389,7 @@ impl Step {
         let queries = room.queries(rows.len(), dim);
         unsafe {
             for (row, query) in rows.iter().zip(queries.chunks_exact_mut(dim)) {
-                self.rotated::<V, T>(row.row, head, self.query_norm, query);
+                self.rotated::<V, T>(row, head, self.query_norm, query);
             }
             let place = Place {
                 keys: first.keys.cast::<T>().cast_const().add(offset),

@@ -5,13 +5,16 @@
 //! group's sum is multiplied; longer groups are cut into several of the same scale, as short sums of f32 lose less. A result depends
 //! on its own row and output alone.
 
+use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
+use super::pointwise::widen;
 use super::strips::{Part, Strips};
+use super::turns::{Rows, Turns};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -123,23 +126,39 @@ impl Narrow {
         }
         let (rows, half) = (x.numel() / self.inputs, x.kind() == Kind::BFloat16);
         let out = Tensor::f_empty(&shape, (x.kind(), tch::Device::Cpu))?;
-        let product = Product {
+        let product = self.kernel(input.data_ptr().cast(), out.data_ptr(), half, rows);
+        // SAFETY: the tensors are contiguous, of the sizes and types that the product says, and outlive the call.
+        unsafe { launch(&product, rows * self.inputs * self.outputs >= PARALLEL_FROM) };
+        Ok(Some(out))
+    }
+
+    /// [`Narrow::product`] into `out`; `None` if sizes do not fit.
+    pub fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        x.beside(&out)?;
+        if x.width != self.inputs || out.width != self.outputs || !x.width.is_multiple_of(2) {
+            return None;
+        }
+        let input = widen(x, turns);
+        turns.push(self.kernel(input, out.data, out.half, x.count), x.numbers() * self.outputs >= PARALLEL_FROM);
+        Some(())
+    }
+
+    /// `[rows, inputs]`, filled up to whole pairs, to `[rows, outputs]`.
+    fn kernel(&self, input: *const f32, out: *mut c_void, half: bool, rows: usize) -> Product {
+        Product {
             form: self.form,
-            input: input.data_ptr().cast(),
+            input,
             weight: self.data.data_ptr().cast(),
             strips: self.strips,
             scales: self.scales.data_ptr().cast(),
             groups: self.scales.size()[1] as usize,
             group: self.group / 2,
-            out: out.data_ptr(),
+            out,
             half,
             rows,
             pairs: self.inputs.div_ceil(2),
             outputs: self.outputs,
-        };
-        // SAFETY: the tensors are contiguous, of the sizes and types that the product says, and outlive the call.
-        unsafe { launch(&product, rows * self.inputs * self.outputs >= PARALLEL_FROM) };
-        Ok(Some(out))
+        }
     }
 }
 
@@ -155,7 +174,7 @@ struct Product {
     /// Pairs of a group.
     group: usize,
     /// `[rows, outputs]`, in bf16 or f32.
-    out: *mut std::ffi::c_void,
+    out: *mut c_void,
     half: bool,
     rows: usize,
     pairs: usize,

@@ -15,7 +15,8 @@ use super::codes::write;
 use super::lanes::{LANES, Lanes, Stored};
 use super::packed::SMALL_PARALLEL_FROM;
 use super::strips::{Part, Strips};
-use super::{Kernel, in_use, launch, plain};
+use super::turns::{Rows, Turns};
+use super::{Kernel, in_use, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Outputs side by side.
@@ -32,7 +33,7 @@ const INPUTS_MAX: usize = 1 << 16;
 const TILE: usize = 256 * 1024;
 /// Products of fewer multiplications, and fewer numbers to round, are not worth other threads.
 const PARALLEL_FROM: usize = 128 * 1024;
-const ROUND_PARALLEL_FROM: usize = 16 * 1024;
+const ROUND_PARALLEL_FROM: usize = 4 * 1024;
 
 /// How many bits a weight has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,8 +138,10 @@ impl Integers {
         }
         let (rows, half) = (x.numel() / self.inputs, x.kind() == Kind::BFloat16);
         let out = Tensor::f_empty(&shape, (x.kind(), tch::Device::Cpu))?;
+        let mut turns = Turns::default();
+        self.push(x.data_ptr(), out.data_ptr(), half, rows, PARALLEL_FROM, &mut turns);
         // SAFETY: both tensors are contiguous, of these sizes and types.
-        unsafe { self.run(x.data_ptr(), out.data_ptr(), half, rows, PARALLEL_FROM) };
+        unsafe { turns.run() };
         Ok(Some(out))
     }
 
@@ -149,17 +152,26 @@ impl Integers {
             return None;
         }
         let mut out = vec![0f32; rows * self.outputs];
+        let mut turns = Turns::default();
+        self.push(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, SMALL_PARALLEL_FROM, &mut turns);
         // SAFETY: memory of these sizes.
-        unsafe { self.run(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, SMALL_PARALLEL_FROM) };
+        unsafe { turns.run() };
         Some(out)
     }
 
-    /// `x: [rows, inputs]` to `out: [rows, outputs]`, both in bf16 or f32.
-    unsafe fn run(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, parallel_from: usize) {
+    /// [`Integers::product`] into `out`; `None` if sizes do not fit.
+    pub fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        x.beside(&out)?;
+        (x.width == self.inputs && out.width == self.outputs)
+            .then(|| self.push(x.data, out.data, x.half, x.count, PARALLEL_FROM, turns))
+    }
+
+    /// `x: [rows, inputs]` to `out: [rows, outputs]`, both in bf16 or f32: rounds the rows, then multiplies.
+    fn push(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, parallel_from: usize, turns: &mut Turns) {
         let lines = self.inputs.div_ceil(self.width.inputs());
         let (stride, groups) = (lines * self.width.inputs(), self.inputs.div_ceil(self.group));
-        let (mut codes, mut scales, mut sums) =
-            (vec![0i8; rows * stride], vec![0f32; rows * groups], vec![0i32; rows * groups]);
+        let (codes, scales, sums) =
+            (turns.room::<i8>(rows * stride), turns.room::<f32>(rows * groups), turns.room::<i32>(rows * groups));
         let rounding = Rounding {
             input: x,
             half,
@@ -168,15 +180,15 @@ impl Integers {
             stride,
             group: self.group,
             apart: self.apart,
-            codes: codes.as_mut_ptr(),
-            scales: scales.as_mut_ptr(),
-            sums: sums.as_mut_ptr(),
+            codes,
+            scales,
+            sums,
         };
         let product = Product {
             width: self.width,
-            input: codes.as_ptr(),
-            input_scales: scales.as_ptr(),
-            input_sums: sums.as_ptr(),
+            input: codes,
+            input_scales: scales,
+            input_sums: sums,
             weight: self.data.data_ptr().cast(),
             strips: self.strips,
             weight_scales: self.scales.data_ptr().cast(),
@@ -189,11 +201,8 @@ impl Integers {
             group: self.group / self.width.inputs(),
             outputs: self.outputs,
         };
-        // SAFETY: memory of the sizes and types that both say, which outlives the calls; the second reads what the first has written.
-        unsafe {
-            launch(&rounding, rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
-            launch(&product, rows * self.inputs * self.outputs >= parallel_from);
-        }
+        turns.push(rounding, rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
+        turns.push(product, rows * self.inputs * self.outputs >= parallel_from);
     }
 }
 

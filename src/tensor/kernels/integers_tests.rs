@@ -86,7 +86,9 @@ fn every_kind_of_sum_gives_the_same() {
                 group: 20,
                 outputs: 41,
             };
-            unsafe { if generic { product.run::<[i32; LANES]>(0, 1) } else { launch(&product, false) } };
+            unsafe {
+                if generic { product.run::<[i32; LANES]>(0, 1) } else { crate::tensor::kernels::launch(&product, false) }
+            };
             out
         };
         assert!(run(true).equal(&run(false)), "{width:?}");

@@ -21,6 +21,7 @@ pub mod pointwise;
 mod product;
 pub mod rows;
 mod strips;
+pub mod turns;
 
 use std::ffi::{c_uint, c_void};
 use std::panic::AssertUnwindSafe;

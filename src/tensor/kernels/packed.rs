@@ -6,13 +6,16 @@
 //! they lie interleaved (`strips`). Each sum runs over the inputs in order, in
 //! blocks of `BLOCK`: a result depends on its own row and output alone, whatever is computed beside it.
 
+use std::ffi::c_void;
 use std::ops::Range;
 
 use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored};
+use super::pointwise::widen;
 use super::product::{Format, PAIRED, Single, Wide};
 use super::strips::{Part, Strips};
+use super::turns::{Rows, Turns};
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -89,21 +92,40 @@ impl Packed {
             input = input.f_constant_pad_nd([0, 1])?.f_contiguous()?;
         }
         let out = Tensor::f_empty(&shape, (self.kind, tch::Device::Cpu))?;
-        let product = Product {
-            input: input.data_ptr(),
+        let inputs = self.inputs.next_multiple_of(unit);
+        let product = Product { inputs, ..self.kernel(input.data_ptr(), out.data_ptr(), rows) };
+        // SAFETY: the three tensors are contiguous, of the sizes and types that the product says, and outlive the call.
+        unsafe { launch(&product, rows * self.inputs * self.outputs >= PARALLEL_FROM) };
+        Ok(Some(out))
+    }
+
+    /// [`Packed::product`] into `out`; `None` if sizes or types do not fit.
+    pub fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        x.beside(&out)?;
+        let half = self.kind == Kind::BFloat16;
+        if x.half != half || x.width != self.inputs || out.width != self.outputs || (self.paired && !x.width.is_multiple_of(2))
+        {
+            return None;
+        }
+        let input = if self.paired { x.data.cast_const() } else { widen(x, turns).cast() };
+        turns.push(self.kernel(input, out.data, x.count), x.numbers() * self.outputs >= PARALLEL_FROM);
+        Some(())
+    }
+
+    /// `[rows, inputs]` to `[rows, outputs]`.
+    fn kernel(&self, input: *const c_void, out: *mut c_void, rows: usize) -> Product {
+        Product {
+            input,
             weight: self.data.data_ptr(),
             strips: self.strips,
-            out: out.data_ptr(),
+            out,
             rows,
-            inputs: self.inputs.next_multiple_of(unit),
+            inputs: self.inputs,
             outputs: self.outputs,
             half: self.kind == Kind::BFloat16,
             paired: self.paired,
             wide: false,
-        };
-        // SAFETY: the three tensors are contiguous, of the sizes and types that the product says, and outlive the call.
-        unsafe { launch(&product, rows * self.inputs * self.outputs >= PARALLEL_FROM) };
-        Ok(Some(out))
+        }
     }
 
     /// [`Packed::product`] for what lies in plain memory, `x: [rows, inputs]` to `[rows, outputs]`, both in f32, by a weight that is small;
@@ -114,18 +136,8 @@ impl Packed {
         }
         let narrow: Vec<u16> = if self.paired { x.iter().copied().map(u16::narrow).collect() } else { vec![] };
         let mut out = vec![0f32; rows * self.outputs];
-        let product = Product {
-            input: if self.paired { narrow.as_ptr().cast() } else { x.as_ptr().cast() },
-            weight: self.data.data_ptr(),
-            strips: self.strips,
-            out: out.as_mut_ptr().cast(),
-            rows,
-            inputs: self.inputs,
-            outputs: self.outputs,
-            half: self.kind == Kind::BFloat16,
-            paired: self.paired,
-            wide: true,
-        };
+        let input = if self.paired { narrow.as_ptr().cast() } else { x.as_ptr().cast() };
+        let product = Product { wide: true, ..self.kernel(input, out.as_mut_ptr().cast(), rows) };
         // SAFETY: memory of these sizes, which outlives the call.
         unsafe { launch(&product, rows * self.inputs * self.outputs >= SMALL_PARALLEL_FROM) };
         Some(out)
@@ -135,11 +147,11 @@ impl Packed {
 /// One product, as plain memory.
 struct Product {
     /// `[rows, inputs]` in f32, or in bf16 where it is `paired`.
-    input: *const std::ffi::c_void,
-    weight: *const std::ffi::c_void,
+    input: *const c_void,
+    weight: *const c_void,
     strips: Strips,
     /// `[rows, outputs]` in the weight's type.
-    out: *mut std::ffi::c_void,
+    out: *mut c_void,
     rows: usize,
     inputs: usize,
     outputs: usize,

@@ -1,4 +1,4 @@
-//! The small operations between a forward's products, each in one pass: RMSNorm and the gated unit.
+//! The small operations between a forward's products, each in one pass: RMSNorm, sums and the gated unit.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -6,31 +6,51 @@ use std::ops::Range;
 use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored, exp};
+use super::turns::{Rows, Turns};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Fewer results are not worth other threads.
 const PARALLEL_FROM: usize = 4096;
+/// The same where the threads are running already.
+const TURN_FROM: usize = 1024;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, computed in f32; or `None` where libtorch should do it.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Option<Tensor>, TchError> {
-    let width = weight.numel();
-    if width == 0 || x.kind() != weight.kind() || !plain(x) || !plain(weight) {
+    if weight.numel() == 0 || x.kind() != weight.kind() || !plain(x) || !plain(weight) {
         return Ok(None);
     }
     let out = Tensor::f_empty(x.size(), (x.kind(), tch::Device::Cpu))?;
-    let norm = Norm {
-        x: x.data_ptr(),
-        weight: weight.data_ptr(),
-        out: out.data_ptr(),
-        rows: x.numel() / width,
-        width,
-        eps: eps as f32,
-        half: x.kind() == Kind::BFloat16,
-    };
+    let norm = Rows::of(x).zip(Rows::of(&out)).and_then(|(x, out)| Norm::of_rows(x, None, weight, eps, out));
+    let Some(norm) = norm else { return Ok(None) };
     // SAFETY: contiguous tensors of these sizes and types, which outlive the call.
     unsafe { launch(&norm, norm.rows > 1 && x.numel() >= 4 * PARALLEL_FROM) };
     Ok(Some(out))
+}
+
+/// [`rms_norm`] into `out`.
+pub fn norm(x: Rows, weight: &Tensor, eps: f64, out: Rows, turns: &mut Turns) -> Option<()> {
+    push_norm(Norm::of_rows(x, None, weight, eps, out)?, turns)
+}
+
+/// Adds `more` to `x`, and the sum's [`rms_norm`] into `out`.
+pub fn add_norm(x: Rows, more: Rows, weight: &Tensor, eps: f64, out: Rows, turns: &mut Turns) -> Option<()> {
+    x.beside(&more)?;
+    push_norm(Norm::of_rows(x, (more.width == x.width).then_some(more), weight, eps, out)?, turns)
+}
+
+fn push_norm(norm: Norm, turns: &mut Turns) -> Option<()> {
+    let parallel = norm.rows > 1 && norm.rows * norm.width >= TURN_FROM;
+    turns.push(norm, parallel);
+    Some(())
+}
+
+/// Adds `bias: [width]` to every row of `x`.
+pub fn add_bias(x: Rows, bias: &Tensor, turns: &mut Turns) -> Option<()> {
+    let bias = Rows::of(bias).filter(|bias| bias.count == 1 && bias.width == x.width && bias.half == x.half)?;
+    let parallel = x.count > 1 && x.numbers() >= TURN_FROM;
+    turns.push(Bias { x, bias }, parallel);
+    Some(())
 }
 
 /// `silu(gate) · up` of `gate_up: [..., 2 · width]`, `[..., width]`; or `None` where libtorch should do it.
@@ -50,14 +70,53 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Option<Tensor>, TchError> {
     Ok(Some(out))
 }
 
+/// [`swiglu`] into `out`.
+pub fn gate(gate_up: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+    gate_up.beside(&out)?;
+    let (rows, width) = (out.count, out.width);
+    let gated = Gated { x: gate_up.data, out: out.data, rows, width, half: out.half };
+    (gate_up.width == 2 * width).then(|| turns.push(gated, rows > 1 && rows * width >= TURN_FROM))
+}
+
+/// `x` in f32: as it is, or in memory of its own.
+pub(super) fn widen(x: Rows, turns: &mut Turns) -> *const f32 {
+    if !x.half {
+        return x.data.cast_const().cast();
+    }
+    let out = turns.room(x.numbers());
+    turns.push(Widen { x, out }, x.count > 1 && x.numbers() >= TURN_FROM);
+    out
+}
+
 struct Norm {
-    x: *const c_void,
+    /// `[rows, width]`; what is added to it first is of the same shape, or null.
+    x: *mut c_void,
+    more: *const c_void,
     weight: *const c_void,
     out: *mut c_void,
     rows: usize,
     width: usize,
     eps: f32,
     half: bool,
+}
+
+impl Norm {
+    fn of_rows(x: Rows, more: Option<Rows>, weight: &Tensor, eps: f64, out: Rows) -> Option<Self> {
+        let weight = Rows::of(weight).filter(|weight| weight.count == 1 && weight.half == x.half)?;
+        x.beside(&out)?;
+        let more = more.map_or(std::ptr::null(), |more| more.data.cast_const());
+        let Rows { data, count: rows, width, half } = x;
+        (weight.width == width && out.width == width).then_some(Self {
+            x: data,
+            more,
+            weight: weight.data,
+            out: out.data,
+            rows,
+            width,
+            eps: eps as f32,
+            half,
+        })
+    }
 }
 
 impl Kernel for Norm {
@@ -73,7 +132,11 @@ impl Norm {
     unsafe fn run<V: Lanes, T: Stored>(&self, rows: Range<usize>) {
         for row in rows {
             unsafe {
-                let x = std::slice::from_raw_parts(self.x.cast::<T>().add(row * self.width), self.width);
+                let x = std::slice::from_raw_parts_mut(self.x.cast::<T>().add(row * self.width), self.width);
+                if !self.more.is_null() {
+                    let more = std::slice::from_raw_parts(self.more.cast::<T>().add(row * self.width), self.width);
+                    add(x, more);
+                }
                 let weight = std::slice::from_raw_parts(self.weight.cast::<T>(), self.width);
                 let out = std::slice::from_raw_parts_mut(self.out.cast::<T>().add(row * self.width), self.width);
                 normalise::<V, T>(x, weight, self.eps, |at, value| out[at] = T::narrow(value));
@@ -100,6 +163,56 @@ pub(super) unsafe fn normalise<V: Lanes, T: Stored>(x: &[T], weight: &[T], eps: 
     let scale = 1.0 / (total / x.len() as f32 + eps).sqrt();
     for (at, (value, weight)) in x.iter().zip(weight).enumerate() {
         put(at, value.widen() * scale * weight.widen());
+    }
+}
+
+/// As libtorch adds: in f32, and rounded.
+#[inline(always)]
+fn add<T: Stored>(x: &mut [T], more: &[T]) {
+    x.iter_mut().zip(more).for_each(|(x, more)| *x = T::narrow(x.widen() + more.widen()));
+}
+
+struct Bias {
+    x: Rows,
+    bias: Rows,
+}
+
+impl Kernel for Bias {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+        let rows = self.x.count * thread / threads..self.x.count * (thread + 1) / threads;
+        unsafe { if self.x.half { self.run::<u16>(rows) } else { self.run::<f32>(rows) } }
+    }
+}
+
+impl Bias {
+    #[inline(always)]
+    unsafe fn run<T: Stored>(&self, rows: Range<usize>) {
+        let width = self.x.width;
+        for row in rows {
+            unsafe {
+                let bias = std::slice::from_raw_parts(self.bias.data.cast::<T>(), width);
+                add(std::slice::from_raw_parts_mut(self.x.data.cast::<T>().add(row * width), width), bias);
+            }
+        }
+    }
+}
+
+/// bf16 to f32.
+struct Widen {
+    x: Rows,
+    out: *mut f32,
+}
+
+impl Kernel for Widen {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+        let mine = self.x.numbers() * thread / threads..self.x.numbers() * (thread + 1) / threads;
+        unsafe {
+            let x = std::slice::from_raw_parts(self.x.data.cast::<u16>().add(mine.start), mine.len());
+            let out = std::slice::from_raw_parts_mut(self.out.add(mine.start), mine.len());
+            out.iter_mut().zip(x).for_each(|(out, x)| *out = x.widen());
+        }
     }
 }
 

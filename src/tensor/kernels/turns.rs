@@ -1,0 +1,205 @@
+//! Kernels one after another in one launch.
+//!
+//! A step of one token is some sixty kernels of a few µs. To start and end the threads for each of them takes two system calls, and to make
+//! a tensor for what it gives takes as long again: together more than the arithmetic (docs/LOG.md). Here the threads start once, wait
+//! for one another awake between two kernels, and whoever made the list says where results go.
+
+use std::any::Any;
+use std::ffi::{c_uint, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::{Kernel, OPENMP, dispatch, plain};
+use crate::tensor::{Kind, Tensor};
+
+/// How often a thread looks whether the others are done before it lets somebody else use its core: some 30 µs.
+const LOOKS: usize = 2000;
+
+/// Rows of numbers in plain memory, f32 or bf16.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    pub(super) data: *mut c_void,
+    pub(super) count: usize,
+    pub(super) width: usize,
+    pub(super) half: bool,
+}
+
+impl Rows {
+    /// Those of `tensor: [..., width]`, if it is one that kernels read. It must outlive what is done with them.
+    pub fn of(tensor: &Tensor) -> Option<Self> {
+        let width = tensor.size().last().copied().filter(|width| *width > 0)? as usize;
+        let half = tensor.kind() == Kind::BFloat16;
+        plain(tensor).then(|| Self { data: tensor.data_ptr(), count: tensor.numel() / width, width, half })
+    }
+
+    /// Whether there are as many rows there, of the same type.
+    pub(super) fn beside(&self, other: &Self) -> Option<()> {
+        (self.count == other.count && self.half == other.half).then_some(())
+    }
+
+    pub(super) fn numbers(&self) -> usize {
+        self.count * self.width
+    }
+}
+
+/// A kernel whose type is forgotten.
+trait Turn {
+    /// Does part `thread` of `threads`.
+    ///
+    /// # Safety
+    /// As for [`Kernel::share`].
+    unsafe fn take(&self, thread: usize, threads: usize);
+}
+
+impl<K: Kernel> Turn for K {
+    unsafe fn take(&self, thread: usize, threads: usize) {
+        unsafe { dispatch(self, thread, threads) }
+    }
+}
+
+/// A list of kernels, each of which begins when the one before is done.
+#[derive(Default)]
+pub struct Turns {
+    /// With whether it is worth all threads.
+    kernels: Vec<(Box<dyn Turn>, bool)>,
+    /// What lies between two kernels.
+    room: Vec<Box<dyn Any>>,
+}
+
+impl Turns {
+    pub(super) fn push(&mut self, kernel: impl Kernel + 'static, parallel: bool) {
+        self.kernels.push((Box::new(kernel), parallel));
+    }
+
+    /// Memory for so many numbers, as long as the list is there.
+    pub(super) fn room<T: Clone + Default + 'static>(&mut self, count: usize) -> *mut T {
+        let mut room = vec![T::default(); count];
+        let data = room.as_mut_ptr();
+        self.room.push(Box::new(room));
+        data
+    }
+
+    /// Runs all of them.
+    ///
+    /// # Safety
+    /// All memory that the kernels were told of must still be there, as large as they were told.
+    pub unsafe fn run(&self) {
+        let threads = if self.kernels.iter().any(|(_, parallel)| *parallel) { tch::get_num_threads().max(1) } else { 1 };
+        match *OPENMP {
+            // Within a part of some work that is split already, the other threads have their own.
+            Some(openmp) if threads > 1 && unsafe { (openmp.within)() } == 0 => {
+                let team = Team { turns: self, barrier: Barrier::default() };
+                unsafe { (openmp.parallel)(member, std::ptr::from_ref(&team).cast_mut().cast(), threads as c_uint, 0) };
+            }
+            _ => self.kernels.iter().for_each(|(kernel, _)| unsafe { kernel.take(0, 1) }),
+        }
+    }
+
+    /// One thread's part of all of them.
+    unsafe fn share(&self, barrier: &Barrier, thread: usize, threads: usize) {
+        let mut alone = true;
+        for (kernel, parallel) in &self.kernels {
+            // What the first thread does by itself it does in order anyway.
+            if *parallel || !alone {
+                barrier.wait(threads);
+            }
+            alone = !parallel;
+            unsafe {
+                if *parallel {
+                    kernel.take(thread, threads);
+                } else if thread == 0 {
+                    kernel.take(0, 1);
+                }
+            }
+        }
+    }
+}
+
+struct Team<'a> {
+    turns: &'a Turns,
+    barrier: Barrier,
+}
+
+extern "C" fn member(team: *mut c_void) {
+    // SAFETY: `Turns::run` passes a team, and waits for all threads.
+    unsafe {
+        if let Some(openmp) = *OPENMP {
+            let Team { turns, barrier } = &*team.cast::<Team>();
+            turns.share(barrier, (openmp.thread)() as usize, (openmp.threads)() as usize);
+        }
+    }
+}
+
+/// Where threads wait until all have come.
+#[derive(Default)]
+struct Barrier {
+    /// In lines of their own: who waits looks at one while the others write to the other.
+    arrived: Line,
+    turn: Line,
+}
+
+#[derive(Default)]
+#[repr(align(128))]
+struct Line(AtomicUsize);
+
+impl Barrier {
+    fn wait(&self, threads: usize) {
+        let turn = self.turn.0.load(Ordering::Relaxed);
+        if self.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == threads {
+            self.arrived.0.store(0, Ordering::Relaxed);
+            self.turn.0.store(turn.wrapping_add(1), Ordering::Release);
+            return;
+        }
+        let mut looks = 0;
+        while self.turn.0.load(Ordering::Acquire) == turn {
+            looks += 1;
+            // Where something else has a core, waiting awake would keep it from ending.
+            if looks < LOOKS { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lanes::Lanes;
+    use super::*;
+
+    /// Adds to each of its numbers what the next one was.
+    struct Chain {
+        from: *const usize,
+        to: *mut usize,
+        count: usize,
+    }
+
+    impl Kernel for Chain {
+        unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+            for at in self.count * thread / threads..self.count * (thread + 1) / threads {
+                unsafe { *self.to.add(at) = *self.from.add(at) + *self.from.add((at + 1) % self.count) };
+            }
+        }
+    }
+
+    /// Every kernel reads what other threads wrote in the one before.
+    #[test]
+    fn each_begins_when_the_one_before_is_done() {
+        const COUNT: usize = 7;
+        for threads in [1, 2, 3, 5] {
+            crate::tensor::set_threads(threads);
+            for parallel in [|_: usize| true, |turn| turn % 2 == 0, |turn| turn % 5 == 3, |_| false] {
+                let mut turns = Turns::default();
+                let first = turns.room::<usize>(COUNT);
+                (0..COUNT).for_each(|at| unsafe { *first.add(at) = at * at });
+                let (mut from, mut expected) = (first, (0..COUNT).map(|at| at * at).collect::<Vec<_>>());
+                for turn in 0..40 {
+                    let to = turns.room::<usize>(COUNT);
+                    turns.push(Chain { from, to, count: COUNT }, parallel(turn));
+                    expected = (0..COUNT).map(|at| expected[at] + expected[(at + 1) % COUNT]).collect();
+                    from = to;
+                }
+                for _ in 0..50 {
+                    unsafe { turns.run() };
+                    assert_eq!(unsafe { std::slice::from_raw_parts(from, COUNT) }, expected, "{threads} threads");
+                }
+            }
+        }
+    }
+}
