@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::sequence::Sequence;
@@ -15,7 +16,7 @@ use crate::model::cache::KvCache;
 use crate::model::statistics::{Conditions, Ledger, Part, Proposal};
 use crate::model::{Layout, ModelError, Segment, Transformer};
 use crate::telemetry::meter::{Meter, Phase};
-use crate::tensor::{Kind, Tensor, upload};
+use crate::tensor::{Kind, TchError, Tensor, upload};
 
 /// Rows of one forward: enough to fill any device with work, few enough for their activations to be small beside the weights.
 const ROWS_MAX: usize = 2048;
@@ -42,13 +43,21 @@ impl Timing {
 /// What came of a window.
 pub struct Outcome {
     pub rows: Vec<RowStatistics>,
-    /// Final hidden states of the wanted rows, `[rows, hidden]`.
-    pub hidden: Tensor,
+    /// Final hidden states of all wanted rows of the forward, `[rows, hidden]`, and the place of its first one.
+    states: Rc<Tensor>,
+    first: usize,
     pub timing: Timing,
     /// Sequences that the network saw: two under guidance.
     pub forwards: usize,
     /// Windows that were run together, this one included.
     pub beside: usize,
+}
+
+impl Outcome {
+    /// Final hidden state of a wanted row, `[1, hidden]`.
+    pub fn hidden(&self, row: usize) -> Result<Tensor, TchError> {
+        self.states.f_narrow(0, (self.first + row) as i64, 1)
+    }
 }
 
 /// What a sequence keeps on the device.
@@ -127,7 +136,7 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
         }
         // Before the network: so the copy need not wait for it.
         let chosen = upload(&rows, model.placement().device)?;
-        let states = model.forward(&segments)?.f_index_select(0, &chosen)?;
+        let states = Rc::new(model.forward(&segments)?.f_index_select(0, &chosen)?);
         let forward = started.elapsed();
         let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
         let (mut ledger, mut judging) = (Ledger::default(), Duration::ZERO);
@@ -157,8 +166,14 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
                 head: heads[index],
                 statistics: mine(judging, wanted * ask.sequences(), rows.len()),
             };
-            let hidden = states.f_narrow(0, at as i64, wanted as i64)?;
-            Ok(Outcome { rows: found?, hidden, timing, forwards: ask.sequences(), beside: asks.len() })
+            Ok(Outcome {
+                rows: found?,
+                states: states.clone(),
+                first: at,
+                timing,
+                forwards: ask.sequences(),
+                beside: asks.len(),
+            })
         };
         Ok(found.into_iter().enumerate().map(outcome).collect())
     })
@@ -365,7 +380,7 @@ fn settle(
         residence.proposal = None;
         if let Some(asked) = sequence.drafting() {
             let started = Instant::now();
-            let hidden = outcome.hidden.f_narrow(0, asked.row as i64, 1)?;
+            let hidden = outcome.hidden(asked.row)?;
             let draft = drafters.draft(&Context { model, tokens: sequence.known(), hidden: &hidden, asked })?;
             aside.draft = started.elapsed();
             aside.draft_forwards = draft.forwards;

@@ -101,7 +101,9 @@ impl KvCache {
         if self.length + count as usize > self.capacity() {
             return Err(ModelError::CacheFull { needed: self.length + count as usize, capacity: self.capacity() });
         }
-        self.data.f_narrow(3, self.length as i64, count)?.f_copy_(data)?;
+        if !attention::fill(&self.slots, self.length, data) {
+            self.data.f_narrow(3, self.length as i64, count)?.f_copy_(data)?;
+        }
         self.length += count as usize;
         Ok(())
     }
