@@ -1,6 +1,7 @@
 //! ReDrafter's beam search on the CPU without tensors between its products: the head is so small that dispatching operations takes
 //! several times as long as computing them. The same numbers as [`Redrafter::search_tensors`], within rounding.
 
+use super::heads::Linear;
 use super::redrafter::{KEPT, Redrafter, Search};
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::model::Transformer;
@@ -32,52 +33,76 @@ pub struct Narrow {
     recurrence: Option<(Small, Small)>,
 }
 
-/// A matrix in eight bits where the CPU has instructions to multiply such, else in bf16.
-enum Small {
+/// A small product: its matrix in fewer bits, and its bias.
+struct Small {
+    matrix: Matrix,
+    bias: Option<Vec<f32>>,
+}
+
+/// In eight bits where the CPU has instructions to multiply such, else in bf16.
+enum Matrix {
     Eight(Integers),
     Sixteen(Packed),
 }
 
 impl Small {
-    fn of(weight: &Tensor) -> Option<Self> {
+    fn of(weight: &Tensor, bias: Option<&Tensor>) -> Option<Self> {
         let whole = || {
             let Quantized { codes, scales, .. } = Quantized::of(weight, Scheme::INT8).ok()?;
             Integers::of(Width::Eight, &codes, &scales, codes.size()[1] as usize, Some(GROUP)).ok()?
         };
-        match DOTS.then(whole).flatten() {
-            Some(weight) => Some(Self::Eight(weight)),
-            None => Some(Self::Sixteen(Packed::of(&weight.f_to_kind(Kind::BFloat16).ok()?).ok()??)),
-        }
+        let matrix = match DOTS.then(whole).flatten() {
+            Some(weight) => Matrix::Eight(weight),
+            None => Matrix::Sixteen(Packed::of(&weight.f_to_kind(Kind::BFloat16).ok()?).ok()??),
+        };
+        let bias = match bias {
+            Some(bias) => Some(plain(bias)?),
+            None => None,
+        };
+        Some(Self { matrix, bias })
     }
 
     fn product(&self, x: &[f32], rows: usize) -> Option<Vec<f32>> {
-        match self {
-            Self::Eight(weight) => weight.small_product(x, rows),
-            Self::Sixteen(weight) => weight.small_product(x, rows),
+        let mut out = match &self.matrix {
+            Matrix::Eight(weight) => weight.small_product(x, rows),
+            Matrix::Sixteen(weight) => weight.small_product(x, rows),
+        }?;
+        if let Some(bias) = &self.bias {
+            out.chunks_exact_mut(bias.len()).for_each(|out| out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias));
         }
+        Some(out)
     }
 
     fn bytes(&self) -> usize {
-        match self {
-            Self::Eight(weight) => weight.bytes(),
-            Self::Sixteen(weight) => weight.bytes(),
-        }
+        let matrix = match &self.matrix {
+            Matrix::Eight(weight) => weight.bytes(),
+            Matrix::Sixteen(weight) => weight.bytes(),
+        };
+        matrix + self.bias.as_ref().map_or(0, |bias| size_of_val(&bias[..]))
     }
+}
+
+/// The numbers of a vector.
+fn plain(vector: &Tensor) -> Option<Vec<f32>> {
+    let mut plain = vec![0f32; vector.numel()];
+    row(&vector.f_view([1, -1]).ok()?, 0, &mut plain)?;
+    Some(plain)
 }
 
 impl Narrow {
     /// `None` where the kernels are not in use.
     pub fn of(head: &Redrafter) -> Option<Self> {
+        let linear = |linear: &Linear| Small::of(&linear.weight, linear.bias.as_ref());
         let recurrence = match head.recurrence() {
-            Some((u, w)) => Some((Small::of(&u.weight)?, Small::of(w)?)),
+            Some((u, w)) => Some((linear(u)?, Small::of(w, None)?)),
             None => None,
         };
         let input = match head.input() {
-            Some(input) => Some(Small::of(&input.weight)?),
+            Some(input) => Some(linear(input)?),
             None => None,
         };
-        let blocks = head.blocks().iter().map(|block| Small::of(&block.weight)).collect::<Option<_>>()?;
-        Some(Self { input, blocks, head: Small::of(head.head())?, recurrence })
+        let blocks = head.blocks().iter().map(linear).collect::<Option<_>>()?;
+        Some(Self { input, blocks, head: Small::of(head.head(), None)?, recurrence })
     }
 
     pub fn bytes(&self) -> usize {
@@ -95,14 +120,7 @@ pub struct Searched<'a> {
 
 /// `x · weightᵀ + bias`, `x: [rows, inputs]`.
 fn times(weight: &Tensor, narrow: Option<&Small>, bias: Option<&Tensor>, x: &[f32], rows: usize) -> Option<Vec<f32>> {
-    let Some(narrow) = narrow else { return product(weight, bias, x, rows) };
-    let mut out = narrow.product(x, rows)?;
-    if let Some(bias) = bias {
-        let mut added = vec![0f32; out.len() / rows];
-        row(&bias.view([1, -1]), 0, &mut added)?;
-        out.chunks_exact_mut(added.len()).for_each(|out| out.iter_mut().zip(&added).for_each(|(out, bias)| *out += bias));
-    }
-    Some(out)
+    narrow.map_or_else(|| product(weight, bias, x, rows), |narrow| narrow.product(x, rows))
 }
 
 /// As [`Redrafter::search_sure`], with a logarithm for the least probability; `None` if weights, table or context are of a kind that
@@ -129,11 +147,10 @@ pub fn search(
         let rows = logits.len() / count;
         let mut candidates: Vec<(f32, usize, usize)> = vec![];
         for (beam, logits) in logits.chunks_exact(rows).enumerate() {
-            let best = best(logits, KEPT as usize);
-            let top = best.first()?.0;
-            let total = best.iter().map(|(logit, _)| (logit - top).exp()).sum::<f32>().ln() + top;
+            let best = best(logits, shape.width);
+            let total = total(logits, best.first()?.0);
             let score = |(logit, row): &(f32, usize)| (beams.scores[beam] + logit - total, beam, *row);
-            candidates.extend(best.iter().take(shape.width).map(score));
+            candidates.extend(best.iter().map(score));
         }
         // Stable: of equal scores the earlier beam's and the better row's counts.
         candidates.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -192,11 +209,12 @@ fn advance(
         Some(states) => times(&u.weight, narrow.map(|(u, _)| u), u.bias.as_ref(), states, tokens.len())?,
         // Of the state zero nothing is left but the bias.
         None => {
-            let mut bias = vec![0f32; hidden];
-            if let Some(given) = &u.bias {
-                row(&given.view([1, -1]), 0, &mut bias)?;
-            }
-            bias.repeat(tokens.len())
+            let bias = match (narrow, &u.bias) {
+                (Some((u, _)), _) => u.bias.clone(),
+                (None, Some(bias)) => Some(plain(bias)?),
+                (None, None) => None,
+            };
+            bias.unwrap_or_else(|| vec![0f32; hidden]).repeat(tokens.len())
         }
     };
     next.iter_mut().zip(kept).for_each(|(next, kept)| *next += kept);
@@ -218,14 +236,25 @@ fn logits(Searched { head, narrow }: Searched, context: &[f32], states: &[f32], 
     times(head.head(), narrow.map(|narrow| &narrow.head), None, &x, beams)
 }
 
-/// The `count` largest with their places, largest first.
+/// The `count` largest with their places, largest first; of equal ones the first.
 fn best(logits: &[f32], count: usize) -> Vec<(f32, usize)> {
-    let mut all: Vec<(f32, usize)> = logits.iter().copied().zip(0..).collect();
-    let order = |a: &(f32, usize), b: &(f32, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    if count < all.len() {
-        all.select_nth_unstable_by(count, order);
-        all.truncate(count);
+    let mut best: Vec<(f32, usize)> = Vec::with_capacity(count + 1);
+    for (row, logit) in logits.iter().enumerate() {
+        // Most are less than all of them.
+        if best.len() < count || best.last().is_some_and(|last| last.0 < *logit) {
+            best.insert(best.partition_point(|other| other.0 >= *logit), (*logit, row));
+            best.truncate(count);
+        }
     }
-    all.sort_unstable_by(order);
-    all
+    best
+}
+
+/// Logarithm of the sum of the exponentials of the [`KEPT`] largest, of which `top` is the largest.
+fn total(logits: &[f32], top: f32) -> f32 {
+    let (mut all, kept) = (logits.to_vec(), KEPT as usize);
+    if kept < all.len() {
+        all.select_nth_unstable_by(kept, |a, b| b.total_cmp(a));
+        all.truncate(kept);
+    }
+    all.into_iter().map(|logit| (logit - top).exp()).sum::<f32>().ln() + top
 }

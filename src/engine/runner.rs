@@ -134,9 +134,14 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
             }
             first += tokens.len() * ask.sequences();
         }
-        // Before the network: so the copy need not wait for it.
-        let chosen = upload(&rows, model.placement().device)?;
-        let states = Rc::new(model.forward(&segments)?.f_index_select(0, &chosen)?);
+        // Before the network: so the copy need not wait for it. Where every row is wanted, there is nothing to choose.
+        let all = rows.iter().copied().eq(0..first as i64);
+        let chosen = if all { None } else { Some(upload(&rows, model.placement().device)?) };
+        let states = model.forward(&segments)?;
+        let states = Rc::new(match chosen {
+            Some(chosen) => states.f_index_select(0, &chosen)?,
+            None => states,
+        });
         let forward = started.elapsed();
         let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
         let (mut ledger, mut judging) = (Ledger::default(), Duration::ZERO);

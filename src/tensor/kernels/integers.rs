@@ -16,7 +16,7 @@ use super::lanes::{LANES, Lanes, Stored};
 use super::packed::SMALL_PARALLEL_FROM;
 use super::strips::{Part, Strips};
 use super::turns::{Rows, Turns};
-use super::{Kernel, in_use, plain};
+use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Outputs side by side.
@@ -139,7 +139,7 @@ impl Integers {
         let (rows, half) = (x.numel() / self.inputs, x.kind() == Kind::BFloat16);
         let out = Tensor::f_empty(&shape, (x.kind(), tch::Device::Cpu))?;
         let mut turns = Turns::default();
-        self.push(x.data_ptr(), out.data_ptr(), half, rows, PARALLEL_FROM, &mut turns);
+        self.push(x.data_ptr(), out.data_ptr(), half, rows, &mut turns);
         // SAFETY: both tensors are contiguous, of these sizes and types.
         unsafe { turns.run() };
         Ok(Some(out))
@@ -152,32 +152,48 @@ impl Integers {
             return None;
         }
         let mut out = vec![0f32; rows * self.outputs];
-        let mut turns = Turns::default();
-        self.push(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, SMALL_PARALLEL_FROM, &mut turns);
-        // SAFETY: memory of these sizes.
-        unsafe { turns.run() };
+        let (codes, groups) = self.between(rows);
+        let (mut codes, mut scales, mut sums) = (vec![0i8; codes], vec![0f32; groups], vec![0i32; groups]);
+        let between = Between { codes: codes.as_mut_ptr(), scales: scales.as_mut_ptr(), sums: sums.as_mut_ptr() };
+        let (rounding, product) = self.kernels(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, &between);
+        // SAFETY: memory of these sizes, which outlives the calls; the second reads what the first has written.
+        unsafe {
+            launch(&rounding, false);
+            launch(&product, rows * self.inputs * self.outputs >= SMALL_PARALLEL_FROM);
+        }
         Some(out)
     }
 
     /// [`Integers::product`] into `out`; `None` if sizes do not fit.
     pub fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
         x.beside(&out)?;
-        (x.width == self.inputs && out.width == self.outputs)
-            .then(|| self.push(x.data, out.data, x.half, x.count, PARALLEL_FROM, turns))
+        (x.width == self.inputs && out.width == self.outputs).then(|| self.push(x.data, out.data, x.half, x.count, turns))
     }
 
-    /// `x: [rows, inputs]` to `out: [rows, outputs]`, both in bf16 or f32: rounds the rows, then multiplies.
-    fn push(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, parallel_from: usize, turns: &mut Turns) {
+    /// `x: [rows, inputs]` to `out: [rows, outputs]`, both in bf16 or f32, among other kernels' turns.
+    fn push(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, turns: &mut Turns) {
+        let (codes, groups) = self.between(rows);
+        let between = Between { codes: turns.room(codes), scales: turns.room(groups), sums: turns.room(groups) };
+        let (rounding, product) = self.kernels(x, out, half, rows, &between);
+        turns.push(rounding, rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
+        turns.push(product, rows * self.inputs * self.outputs >= PARALLEL_FROM);
+    }
+
+    /// Codes of so many rows, and scales and sums.
+    fn between(&self, rows: usize) -> (usize, usize) {
+        (rows * self.inputs.next_multiple_of(self.width.inputs()), rows * self.inputs.div_ceil(self.group))
+    }
+
+    /// What rounds the rows, and what multiplies them then.
+    fn kernels(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, between: &Between) -> (Rounding, Product) {
         let lines = self.inputs.div_ceil(self.width.inputs());
-        let (stride, groups) = (lines * self.width.inputs(), self.inputs.div_ceil(self.group));
-        let (codes, scales, sums) =
-            (turns.room::<i8>(rows * stride), turns.room::<f32>(rows * groups), turns.room::<i32>(rows * groups));
+        let &Between { codes, scales, sums } = between;
         let rounding = Rounding {
             input: x,
             half,
             rows,
             inputs: self.inputs,
-            stride,
+            stride: lines * self.width.inputs(),
             group: self.group,
             apart: self.apart,
             codes,
@@ -197,13 +213,19 @@ impl Integers {
             half,
             rows,
             lines,
-            groups,
+            groups: self.inputs.div_ceil(self.group),
             group: self.group / self.width.inputs(),
             outputs: self.outputs,
         };
-        turns.push(rounding, rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
-        turns.push(product, rows * self.inputs * self.outputs >= parallel_from);
+        (rounding, product)
     }
+}
+
+/// Where rounded rows are.
+struct Between {
+    codes: *mut i8,
+    scales: *mut f32,
+    sums: *mut i32,
 }
 
 /// Rows to codes, each with a scale of its own.
