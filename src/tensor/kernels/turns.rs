@@ -2,17 +2,27 @@
 //!
 //! A step of one token is some sixty kernels of a few µs. To start and end the threads for each of them takes two system calls, and to make
 //! a tensor for what it gives takes as long again: together more than the arithmetic (docs/LOG.md). Here the threads start once, wait
-//! for one another awake between two kernels, and whoever made the list says where results go.
+//! for one another between two kernels, awake at first, and whoever made the list says where results go.
 
 use std::any::Any;
 use std::ffi::{c_uint, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::{Kernel, OPENMP, dispatch, plain};
 use crate::tensor::{Kind, Tensor};
 
-/// How often a thread looks whether the others are done before it lets somebody else use its core: some 30 µs.
+/// How often a thread looks whether the others are done before it lets whoever waits for its core have it: some 30 µs, several kernels long.
 const LOOKS: usize = 2000;
+/// Likewise with more threads than cores.
+const LOOKS_CROWDED: usize = 20;
+
+/// How long it goes on so before it sleeps, which is longer than the system gives another program a core for. Sooner asleep, it would be
+/// woken for every kernel that the other program delays (docs/LOG.md).
+const PATIENCE: Duration = Duration::from_millis(5);
+
+static CORES: LazyLock<usize> = LazyLock::new(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()));
 
 /// Rows of numbers in plain memory, f32 or bf16.
 #[derive(Clone, Copy, Debug)]
@@ -135,6 +145,9 @@ struct Barrier {
     /// In lines of their own: who waits looks at one while the others write to the other.
     arrived: Line,
     turn: Line,
+    asleep: AtomicUsize,
+    bed: Mutex<()>,
+    bell: Condvar,
 }
 
 #[derive(Default)]
@@ -146,15 +159,35 @@ impl Barrier {
         let turn = self.turn.0.load(Ordering::Relaxed);
         if self.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == threads {
             self.arrived.0.store(0, Ordering::Relaxed);
-            self.turn.0.store(turn.wrapping_add(1), Ordering::Release);
+            self.turn.0.store(turn.wrapping_add(1), Ordering::SeqCst);
+            // Whoever goes to sleep counts itself before it looks a last time: one of the two sees the other.
+            if self.asleep.load(Ordering::SeqCst) > 0 {
+                drop(self.bed.lock().unwrap_or_else(PoisonError::into_inner));
+                self.bell.notify_all();
+            }
             return;
         }
-        let mut looks = 0;
-        while self.turn.0.load(Ordering::Acquire) == turn {
-            looks += 1;
-            // Where something else has a core, waiting awake would keep it from ending.
-            if looks < LOOKS { std::hint::spin_loop() } else { std::thread::yield_now() }
+        let over = || self.turn.0.load(Ordering::Acquire) != turn;
+        let (looks, patience) = if threads > *CORES { (LOOKS_CROWDED, Duration::ZERO) } else { (LOOKS, PATIENCE) };
+        for _ in 0..looks {
+            if over() {
+                return;
+            }
+            std::hint::spin_loop();
         }
+        let began = Instant::now();
+        while began.elapsed() < patience {
+            if over() {
+                return;
+            }
+            std::thread::yield_now();
+        }
+        let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+        self.asleep.fetch_add(1, Ordering::SeqCst);
+        while self.turn.0.load(Ordering::SeqCst) == turn {
+            bed = self.bell.wait(bed).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.asleep.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
