@@ -147,7 +147,7 @@ pub fn search(
         let rows = logits.len() / count;
         let mut candidates: Vec<(f32, usize, usize)> = vec![];
         for (beam, logits) in logits.chunks_exact(rows).enumerate() {
-            let best = best(logits, shape.width);
+            let best = best(logits, shape.width.min(KEPT as usize));
             let total = total(logits, best.first()?.0);
             let score = |(logit, row): &(f32, usize)| (beams.scores[beam] + logit - total, beam, *row);
             candidates.extend(best.iter().map(score));

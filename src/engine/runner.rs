@@ -56,7 +56,8 @@ pub struct Outcome {
 impl Outcome {
     /// Final hidden state of a wanted row, `[1, hidden]`.
     pub fn hidden(&self, row: usize) -> Result<Tensor, TchError> {
-        self.states.f_narrow(0, (self.first + row) as i64, 1)
+        // Within the window's own, so that no other's is given for a row that it has not.
+        self.states.f_narrow(0, self.first as i64, self.rows.len() as i64)?.f_narrow(0, row as i64, 1)
     }
 }
 

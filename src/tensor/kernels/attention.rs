@@ -183,9 +183,10 @@ pub fn attend(shared: &Shared, qkv: Rows, out: Rows, spans: &[Span], turns: &mut
     };
     let (query_norm, key_norm) = (norm(shared.norms.map(|norms| norms.0))?, norm(shared.norms.map(|norms| norms.1))?);
     let widths = qkv.width == (heads + 2 * kv_heads) * dim && out.width == heads * dim;
-    let rows: Vec<Row> = spans.iter().flat_map(|span| rows_of(span, positions)).collect();
-    let fits = fits(kind, tch::Device::Cpu, dim) && widths && turned && rows.len() == qkv.count && spans.iter().all(inside);
+    let count: usize = spans.iter().map(|span| span.rows.len()).sum();
+    let fits = fits(kind, tch::Device::Cpu, dim) && widths && turned && count == qkv.count && spans.iter().all(inside);
     qkv.beside(&out).filter(|()| fits)?;
+    let rows: Vec<Row> = spans.iter().flat_map(|span| rows_of(span, positions)).collect();
     let looked_at: usize = rows.iter().map(|row| row.before + row.line.len()).sum();
     let tiles = tiles(spans);
     let step = Rc::new(Step {
@@ -200,7 +201,7 @@ pub fn attend(shared: &Shared, qkv: Rows, out: Rows, spans: &[Span], turns: &mut
         kv_heads,
         dim,
         rows,
-        stores: tiles.len() == spans.len() && even(tiles.len() * kv_heads),
+        stores: spans.iter().all(|span| (1..=TILE).contains(&span.rows.len())) && even(tiles.len() * kv_heads),
         tiles,
         half: qkv.half,
     });
@@ -219,8 +220,7 @@ fn rows_of<'a>(span: &'a Span, positions: &'a [usize]) -> impl Iterator<Item = R
         };
         let Slots { keys, values, head_stride, .. } = *span.slots;
         let (slot, slots) = (span.start + index, span.slots.capacity);
-        let position = positions.get(row).copied().unwrap_or(usize::MAX);
-        Row { row, position, keys, values, head_stride, slots, slot, before, line }
+        Row { row, position: positions[row], keys, values, head_stride, slots, slot, before, line }
     })
 }
 

@@ -138,6 +138,7 @@ impl Narrow {
         if x.width != self.inputs || out.width != self.outputs || !x.width.is_multiple_of(2) {
             return None;
         }
+        turns.reuse();
         let input = widen(x, turns);
         turns.push(self.kernel(input, out.data, out.half, x.count), x.numbers() * self.outputs >= PARALLEL_FROM);
         Some(())

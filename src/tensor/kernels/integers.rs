@@ -172,6 +172,7 @@ impl Integers {
 
     /// `x: [rows, inputs]` to `out: [rows, outputs]`, both in bf16 or f32, among other kernels' turns.
     fn push(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, turns: &mut Turns) {
+        turns.reuse();
         let (codes, groups) = self.between(rows);
         let between = Between { codes: turns.room(codes), scales: turns.room(groups), sums: turns.room(groups) };
         let (rounding, product) = self.kernels(x, out, half, rows, &between);
@@ -265,10 +266,11 @@ impl Kernel for Rounding {
 impl Rounding {
     #[inline(always)]
     unsafe fn row<T: Stored>(&self, row: usize) {
-        let (input, codes) = unsafe {
+        let (input, (codes, rest)) = unsafe {
             let input = std::slice::from_raw_parts(self.input.cast::<T>().add(row * self.inputs), self.inputs);
-            (input, std::slice::from_raw_parts_mut(self.codes.add(row * self.stride), self.inputs))
+            (input, std::slice::from_raw_parts_mut(self.codes.add(row * self.stride), self.stride).split_at_mut(self.inputs))
         };
+        rest.fill(0);
         let first = row * self.inputs.div_ceil(self.group);
         let whole = if self.apart { 0.0 } else { scale(input) };
         for (at, (codes, values)) in codes.chunks_mut(self.group).zip(input.chunks(self.group)).enumerate() {

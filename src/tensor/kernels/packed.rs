@@ -107,6 +107,7 @@ impl Packed {
         {
             return None;
         }
+        turns.reuse();
         let input = if self.paired { x.data.cast_const() } else { widen(x, turns).cast() };
         turns.push(self.kernel(input, out.data, x.count), x.numbers() * self.outputs >= PARALLEL_FROM);
         Some(())

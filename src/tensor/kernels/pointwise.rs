@@ -35,8 +35,8 @@ pub fn norm(x: Rows, weight: &Tensor, eps: f64, out: Rows, turns: &mut Turns) ->
 
 /// Adds `more` to `x`, and the sum's [`rms_norm`] into `out`.
 pub fn add_norm(x: Rows, more: Rows, weight: &Tensor, eps: f64, out: Rows, turns: &mut Turns) -> Option<()> {
-    x.beside(&more)?;
-    push_norm(Norm::of_rows(x, (more.width == x.width).then_some(more), weight, eps, out)?, turns)
+    x.beside(&more).filter(|()| more.width == x.width)?;
+    push_norm(Norm::of_rows(x, Some(more), weight, eps, out)?, turns)
 }
 
 fn push_norm(norm: Norm, turns: &mut Turns) -> Option<()> {

@@ -4,7 +4,6 @@
 //! a tensor for what it gives takes as long again: together more than the arithmetic (docs/LOG.md). Here the threads start once, wait
 //! for one another between two kernels, awake at first, and whoever made the list says where results go.
 
-use std::any::Any;
 use std::ffi::{c_uint, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, LazyLock, Mutex, PoisonError};
@@ -71,8 +70,10 @@ impl<K: Kernel> Turn for K {
 pub struct Turns {
     /// With whether it is worth all threads.
     kernels: Vec<(Box<dyn Turn>, bool)>,
-    /// What lies between two kernels.
-    room: Vec<Box<dyn Any>>,
+    /// What lies between two kernels; those at hand are given out again.
+    rooms: Vec<Vec<u64>>,
+    at_hand: Vec<usize>,
+    given: usize,
 }
 
 impl Turns {
@@ -80,12 +81,31 @@ impl Turns {
         self.kernels.push((Box::new(kernel), parallel));
     }
 
-    /// Memory for so many numbers, as long as the list is there.
-    pub(super) fn room<T: Clone + Default + 'static>(&mut self, count: usize) -> *mut T {
-        let mut room = vec![T::default(); count];
-        let data = room.as_mut_ptr();
-        self.room.push(Box::new(room));
-        data
+    /// From here on kernels may use the memory that those before had between them: it is as much as the largest needs, not all.
+    pub(super) fn reuse(&mut self) {
+        self.given = 0;
+    }
+
+    /// Memory for so many numbers, whatever they are at first, as long as the list is there. Until [`Turns::reuse`] nobody else is given it.
+    pub(super) fn room<T: Copy>(&mut self, count: usize) -> *mut T {
+        const { assert!(align_of::<T>() <= align_of::<u64>()) };
+        let words = (count * size_of::<T>()).div_ceil(size_of::<u64>());
+        let large = |at: &usize| self.rooms.get(*at).is_some_and(|room| room.len() >= words);
+        let at = match self.at_hand.get(self.given).copied().filter(large) {
+            Some(at) => at,
+            None => {
+                // A smaller one stays where it is: kernels before point to it.
+                self.rooms.push(vec![0; words]);
+                let at = self.rooms.len() - 1;
+                match self.at_hand.get_mut(self.given) {
+                    Some(smaller) => *smaller = at,
+                    None => self.at_hand.push(at),
+                }
+                at
+            }
+        };
+        self.given += 1;
+        self.rooms[at].as_mut_ptr().cast()
     }
 
     /// Runs all of them.
@@ -209,6 +229,21 @@ mod tests {
                 unsafe { *self.to.add(at) = *self.from.add(at) + *self.from.add((at + 1) % self.count) };
             }
         }
+    }
+
+    #[test]
+    fn rooms_are_used_again_when_they_are_told_to_be() {
+        let mut turns = Turns::default();
+        let (first, second) = (turns.room::<f32>(100), turns.room::<i8>(3));
+        assert_ne!(first.cast(), second);
+        turns.reuse();
+        assert_eq!((turns.room::<i8>(400).cast(), turns.room::<i8>(8)), (first, second));
+        turns.reuse();
+        let larger = turns.room::<f32>(101);
+        assert_ne!(larger, first);
+        turns.reuse();
+        assert_eq!((turns.room::<f32>(101), turns.room::<i8>(8)), (larger, second));
+        assert_eq!(turns.rooms.len(), 3, "the smaller one is still there");
     }
 
     /// Every kernel reads what other threads wrote in the one before.
