@@ -153,13 +153,14 @@ mod tests {
                 }
                 // Floats of eight bits are rounded by libtorch where rows are, too; everything else has a list.
                 let tensors = scheme.is_some_and(|s| s.codes == Codes::E4m3 && s.activations != Activations::Kept);
-                let listed = tch::no_grad(|| model.at_once(&Tensor::from_slice(&[1i64]), &[0], &[])).unwrap();
-                assert!(listed.is_none(), "a row that no segment has");
-                let linear = &model.layers[0].qkv;
-                let (x, out) =
-                    (Tensor::zeros([1, 64], (dtype.kind(), Device::Cpu)), Tensor::zeros([1, 128], (dtype.kind(), Device::Cpu)));
-                let turn = linear.turn(Rows::of(&x).unwrap(), Rows::of(&out).unwrap(), &mut Turns::default());
-                assert_eq!(turn.is_none(), tensors, "{scheme:?}");
+                let cache = KvCache::new(&config, placement, 8).unwrap();
+                let segment = Segment { tokens: &[1], layout: Layout::Causal, cache: Some(&cache) };
+                let mut positions = vec![];
+                let plans = [model.plan(&segment, 0, true, &mut positions).unwrap()];
+                let list =
+                    |plans: &[Plan]| tch::no_grad(|| model.at_once(&Tensor::from_slice(&[1i64]), &positions, plans)).unwrap();
+                assert_eq!(list(&plans).is_none(), tensors, "{dtype:?}, {scheme:?}");
+                assert!(list(&[]).is_none(), "a row that no segment has");
             }
         }
     }

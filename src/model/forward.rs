@@ -83,15 +83,13 @@ impl Transformer {
 
     /// Every operation once, for all segments.
     pub(super) fn forward_together(&self, segments: &[Segment]) -> Result<Tensor, ModelError> {
-        self.forward_by(
-            segments,
-            match (self.rows_are_independent(), &self.graphs) {
-                (false, _) => Way::Libtorch,
-                (true, None) => Way::AtOnce,
-                // Where the layers are recorded, the recording is the list.
-                (true, Some(_)) => Way::Kernels,
-            },
-        )
+        let way = match (self.rows_are_independent(), &self.graphs) {
+            (false, _) => Way::Libtorch,
+            (true, None) => Way::AtOnce,
+            // Where the layers are recorded, the recording is the list.
+            (true, Some(_)) => Way::Kernels,
+        };
+        self.forward_by(segments, way)
     }
 
     /// One way or another.
@@ -183,7 +181,7 @@ impl Transformer {
     }
 
     /// Checks a segment and appends its rows' positions.
-    fn plan<'a>(
+    pub(super) fn plan<'a>(
         &self,
         segment: &Segment<'a>,
         first: usize,

@@ -86,9 +86,7 @@ fn every_kind_of_sum_gives_the_same() {
                 group: 20,
                 outputs: 41,
             };
-            unsafe {
-                if generic { product.run::<[i32; LANES]>(0, 1) } else { crate::tensor::kernels::launch(&product, false) }
-            };
+            unsafe { if generic { product.run::<[i32; LANES]>(0, 1) } else { launch(&product, false) } };
             out
         };
         assert!(run(true).equal(&run(false)), "{width:?}");
@@ -121,4 +119,27 @@ fn plain_memory_gives_the_same() {
     let expected: Vec<f32> = Vec::try_from(&weight.product(&x).unwrap().unwrap().view([-1])).unwrap();
     assert_eq!(weight.small_product(&plain, 3), Some(expected));
     assert_eq!((weight.small_product(&plain, 2), weight.small_product(&[], 0)), (None, None));
+}
+
+/// In a list, where what an earlier product left lies behind a row that fills no line.
+#[test]
+fn turns_are_products_whatever_was_there_before() {
+    for width in [Width::Eight, Width::Four] {
+        let make = |inputs: i64| {
+            let codes = Tensor::randint_low(-8, 8, [33, inputs], (Kind::Int8, Device::Cpu));
+            let scales = Tensor::rand([33, 1], (Kind::Float, Device::Cpu));
+            Integers::of(width, &codes, &scales, inputs as usize, None).unwrap().unwrap()
+        };
+        let (before, after) = (make(640), make(601));
+        let (first, second) =
+            (Tensor::randn([3, 640], (Kind::Float, Device::Cpu)), Tensor::randn([3, 601], (Kind::Float, Device::Cpu)));
+        let outs = [(); 2].map(|()| Tensor::zeros([3, 33], (Kind::Float, Device::Cpu)));
+        let rows = |tensor: &Tensor| Rows::of(tensor).unwrap();
+        let mut turns = Turns::default();
+        before.turn(rows(&first), rows(&outs[0]), &mut turns).unwrap();
+        after.turn(rows(&second), rows(&outs[1]), &mut turns).unwrap();
+        unsafe { turns.run() };
+        assert!(outs[0].equal(&before.product(&first).unwrap().unwrap()), "{width:?}");
+        assert!(outs[1].equal(&after.product(&second).unwrap().unwrap()), "{width:?}");
+    }
 }
