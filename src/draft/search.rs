@@ -6,7 +6,7 @@ use super::redrafter::{KEPT, Redrafter, Search};
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::model::Transformer;
 use crate::model::quantized::{Quantized, Scheme};
-use crate::tensor::kernels::integers::{DOTS, Integers, Width};
+use crate::tensor::kernels::integers::{Integers, VECTORS, Width};
 use crate::tensor::kernels::linear::{product, row};
 use crate::tensor::kernels::packed::Packed;
 use crate::tensor::kernels::pointwise::silu;
@@ -39,7 +39,7 @@ struct Small {
     bias: Option<Vec<f32>>,
 }
 
-/// In eight bits where the CPU has instructions to multiply such, else in bf16.
+/// In eight bits where there are vectors of such, else in bf16.
 enum Matrix {
     Eight(Integers),
     Sixteen(Packed),
@@ -51,7 +51,7 @@ impl Small {
             let Quantized { codes, scales, .. } = Quantized::of(weight, Scheme::INT8).ok()?;
             Integers::of(Width::Eight, &codes, &scales, codes.size()[1] as usize, Some(GROUP)).ok()?
         };
-        let matrix = match DOTS.then(whole).flatten() {
+        let matrix = match VECTORS.then(whole).flatten() {
             Some(weight) => Matrix::Eight(weight),
             None => Matrix::Sixteen(Packed::of(&weight.f_to_kind(Kind::BFloat16).ok()?).ok()??),
         };

@@ -3,7 +3,8 @@
 //! A row's numbers are divided by its own scale and rounded; the products of whole numbers are exact, whatever their order. Weights lie
 //! as in [`super::packed`], sixteen outputs side by side, but four inputs at a time, which is what one instruction (AVX-512 VNNI)
 //! multiplies and adds. It takes one factor without a sign: that is the weight, 128 (or 8) more than it means, for which as many times
-//! the row's sum is taken off again. Weights of a group share a scale for each output, by which the group's sum is multiplied.
+//! the row's sum is taken off again; `words` has what CPUs without the instruction do. Weights of a group share a scale for each output,
+//! by which the group's sum is multiplied.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -16,6 +17,8 @@ use super::lanes::{LANES, Lanes, Stored};
 use super::packed::SMALL_PARALLEL_FROM;
 use super::strips::{Part, Strips};
 use super::turns::{Rows, Turns};
+#[cfg(target_arch = "x86_64")]
+use super::words::x86::Words;
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
@@ -338,8 +341,11 @@ struct Product {
     outputs: usize,
 }
 
+/// Whether there are vectors of whole numbers for this kind of CPU, so that products of them are no slower than those of floats.
+pub const VECTORS: bool = cfg!(target_arch = "x86_64");
+
 /// Whether the CPU multiplies four pairs of bytes at a time (AVX-512 VNNI).
-pub static DOTS: LazyLock<bool> = LazyLock::new(|| {
+static DOTS: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     let dots = std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512vnni");
     #[cfg(not(target_arch = "x86_64"))]
@@ -354,6 +360,10 @@ impl Kernel for Product {
             #[cfg(target_arch = "x86_64")]
             if *DOTS {
                 return dots(self, thread, threads);
+            } else if std::is_x86_feature_detected!("avx512bw") {
+                return wide_words(self, thread, threads);
+            } else if std::is_x86_feature_detected!("avx2") {
+                return words(self, thread, threads);
             }
             self.run::<[i32; LANES]>(thread, threads);
         }
@@ -366,18 +376,31 @@ unsafe fn dots(product: &Product, thread: usize, threads: usize) {
     unsafe { product.run::<std::arch::x86_64::__m512i>(thread, threads) }
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma")]
+unsafe fn wide_words(product: &Product, thread: usize, threads: usize) {
+    unsafe { product.run::<Words<std::arch::x86_64::__m512i>>(thread, threads) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn words(product: &Product, thread: usize, threads: usize) {
+    unsafe { product.run::<Words<[std::arch::x86_64::__m256i; 2]>>(thread, threads) }
+}
+
 /// Sixteen running sums of whole numbers.
-trait Sums: Copy {
+pub(super) trait Sums: Copy {
     /// How many fit the CPU's registers, beside what they are made from.
     const COUNT: usize;
 
     fn zero() -> Self;
-    /// A line of bytes.
-    unsafe fn line(from: *const u8) -> Self;
+    /// A line of bytes, as it is multiplied.
+    type Line: Copy;
+    unsafe fn line(from: *const u8) -> Self::Line;
     /// The lower and the upper halves of its bytes.
-    fn halves(self) -> (Self, Self);
+    fn halves(line: Self::Line) -> (Self::Line, Self::Line);
     /// Adds for each lane the products of the four bytes of `line` with the four codes in `input`.
-    unsafe fn add(self, line: Self, input: i32) -> Self;
+    unsafe fn add(self, line: Self::Line, input: i32) -> Self;
 
     /// Sixteen floats.
     type Floats: Copy;
@@ -406,16 +429,18 @@ mod x86 {
             unsafe { _mm512_setzero_si512() }
         }
 
+        type Line = Self;
+
         #[inline(always)]
         unsafe fn line(from: *const u8) -> Self {
             unsafe { _mm512_loadu_si512(from.cast()) }
         }
 
         #[inline(always)]
-        fn halves(self) -> (Self, Self) {
+        fn halves(line: Self) -> (Self, Self) {
             unsafe {
                 let low = _mm512_set1_epi32(0x0f0f_0f0f);
-                (_mm512_and_si512(self, low), _mm512_and_si512(_mm512_srli_epi32::<4>(self), low))
+                (_mm512_and_si512(line, low), _mm512_and_si512(_mm512_srli_epi32::<4>(line), low))
             }
         }
 
@@ -460,70 +485,6 @@ mod x86 {
     }
 }
 
-/// For CPUs without the instruction.
-impl Sums for [i32; LANES] {
-    const COUNT: usize = 6;
-
-    #[inline(always)]
-    fn zero() -> Self {
-        [0; LANES]
-    }
-
-    #[inline(always)]
-    unsafe fn line(from: *const u8) -> Self {
-        unsafe { from.cast::<Self>().read_unaligned() }
-    }
-
-    #[inline(always)]
-    fn halves(self) -> (Self, Self) {
-        (self.map(|four| four & 0x0f0f_0f0f), self.map(|four| four >> 4 & 0x0f0f_0f0f))
-    }
-
-    #[inline(always)]
-    unsafe fn add(mut self, line: Self, input: i32) -> Self {
-        let input = input.to_ne_bytes();
-        for (sum, line) in self.iter_mut().zip(line) {
-            for (weight, input) in line.to_ne_bytes().into_iter().zip(input) {
-                *sum += i32::from(weight) * i32::from(input as i8);
-            }
-        }
-        self
-    }
-
-    type Floats = [f32; LANES];
-
-    #[inline(always)]
-    fn floats() -> [f32; LANES] {
-        [0.0; LANES]
-    }
-
-    #[inline(always)]
-    fn splat(value: f32) -> [f32; LANES] {
-        [value; LANES]
-    }
-
-    #[inline(always)]
-    unsafe fn times(from: *const f32, by: f32) -> [f32; LANES] {
-        unsafe { from.cast::<[f32; LANES]>().read_unaligned() }.map(|value| value * by)
-    }
-
-    #[inline(always)]
-    fn onto(self, excess: i32, factor: [f32; LANES], total: [f32; LANES]) -> [f32; LANES] {
-        std::array::from_fn(|lane| ((self[lane] - excess) as f32).mul_add(factor[lane], total[lane]))
-    }
-
-    #[inline(always)]
-    unsafe fn scaled(total: [f32; LANES], by: *const f32) -> [f32; LANES] {
-        let by = unsafe { by.cast::<[f32; LANES]>().read_unaligned() };
-        std::array::from_fn(|lane| total[lane] * by[lane])
-    }
-
-    #[inline(always)]
-    fn stored(total: [f32; LANES]) -> [f32; LANES] {
-        total
-    }
-}
-
 impl Product {
     /// A thread's share of the strips, with all rows: each strip's weights come from memory once.
     #[inline(always)]
@@ -539,8 +500,10 @@ impl Product {
                     // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
                     from += unsafe {
                         match (strip.wide - from, rows.len()) {
-                            _ if S::COUNT < 24 => self.part::<S, 1, 4>(part, &rows),
+                            _ if S::COUNT < 12 => self.part::<S, 1, 4>(part, &rows),
                             (6, 1) => self.part::<S, 6, 1>(part, &rows),
+                            (3.., _) if S::COUNT < 24 => self.part::<S, 3, 4>(part, &rows),
+                            (2, _) if S::COUNT < 24 => self.part::<S, 2, 4>(part, &rows),
                             (4, ..=4) => self.part::<S, 4, 4>(part, &rows),
                             (3.., _) => self.part::<S, 3, 8>(part, &rows),
                             (2, _) => self.part::<S, 2, 8>(part, &rows),
@@ -596,9 +559,9 @@ impl Product {
                     }
                     part.ask_ahead::<P>(from, LINE, M == 1);
                     if HALVES {
-                        let mut halves = [w[0].halves(); P];
+                        let mut halves = [S::halves(w[0]); P];
                         for (halves, w) in halves.iter_mut().zip(w).skip(1) {
-                            *halves = w.halves();
+                            *halves = S::halves(w);
                         }
                         for (m, sums) in sums.iter_mut().enumerate() {
                             let x = input.add(m * length + 2 * line);

@@ -60,14 +60,14 @@ fn a_row_does_not_depend_on_those_beside_it() {
     }
 }
 
-/// With the instruction and without.
+/// On all that this CPU has instructions for.
 #[test]
 fn every_kind_of_sum_gives_the_same() {
     let weights = Tensor::randint(256, [3 * 40 * 64], (Kind::Uint8, Device::Cpu));
     let input = Tensor::randint_low(-127, 128, [5 * 320], (Kind::Int8, Device::Cpu));
     let (scales, sums, weight_scales) = ([0.5f32; 10], [3i32; 10], [0.25f32; 96]);
     for width in [Width::Eight, Width::Four] {
-        let run = |generic: bool| {
+        let run = |kind: &str| {
             let out = Tensor::zeros([5, 41], (Kind::Float, Device::Cpu));
             let product = Product {
                 width,
@@ -86,10 +86,27 @@ fn every_kind_of_sum_gives_the_same() {
                 group: 20,
                 outputs: 41,
             };
-            unsafe { if generic { product.run::<[i32; LANES]>(0, 1) } else { launch(&product, false) } };
+            unsafe {
+                match kind {
+                    "generic" => product.run::<[i32; LANES]>(0, 1),
+                    #[cfg(target_arch = "x86_64")]
+                    "avx2" => words(&product, 0, 1),
+                    #[cfg(target_arch = "x86_64")]
+                    "avx512bw" => wide_words(&product, 0, 1),
+                    _ => launch(&product, false),
+                }
+            }
             out
         };
-        assert!(run(true).equal(&run(false)), "{width:?}");
+        let mut kinds = vec!["generic"];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let (middle, wide) = (std::is_x86_feature_detected!("avx2"), std::is_x86_feature_detected!("avx512bw"));
+            kinds.extend(middle.then_some("avx2").into_iter().chain(wide.then_some("avx512bw")));
+        }
+        for kind in kinds {
+            assert!(run(kind).equal(&run("this CPU's")), "{width:?} {kind}");
+        }
     }
 }
 

@@ -22,6 +22,7 @@ mod product;
 pub mod rows;
 mod strips;
 pub mod turns;
+mod words;
 
 use std::ffi::{c_uint, c_void};
 use std::panic::AssertUnwindSafe;

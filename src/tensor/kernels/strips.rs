@@ -3,6 +3,8 @@
 //! A product with few rows is as fast as weights come from memory, and they come fastest in one stream: two threads read 77 GB/s so, and
 //! 45 where each went through eight panels side by side (docs/LOG.md). What a line holds is the weight's own business.
 
+use std::sync::LazyLock;
+
 use tch::TchError;
 
 use super::Tensor;
@@ -18,6 +20,7 @@ pub struct Strips {
     panels: usize,
     wide: usize,
     from_memory: bool,
+    through_caches: bool,
 }
 
 /// Panels side by side.
@@ -27,6 +30,7 @@ pub struct Strip {
     pub wide: usize,
     /// Whether its lines are asked for ahead of their use.
     pub from_memory: bool,
+    through_caches: bool,
 }
 
 /// Some panels of a strip, from one of them on.
@@ -38,6 +42,19 @@ pub struct Part {
 
 /// How far ahead of what is used weights are asked for, in bytes.
 const AHEAD: usize = 2048;
+
+/// Whether what is asked for and used once goes through all caches. Past them (`prefetchnta`) it displaces nothing,
+/// and AMD's cores are fastest so; Intel's then do without the second-level cache, which has more lines under way than the nearest one:
+/// 11 GB/s in place of 17 (docs/LOG.md).
+static THROUGH_CACHES: LazyLock<bool> = LazyLock::new(|| {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let vendor = std::arch::x86_64::__cpuid(0);
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+});
 
 impl Part {
     /// For further rows, which find its lines in the caches.
@@ -58,7 +75,9 @@ impl Part {
         unsafe {
             use std::arch::x86_64::{_MM_HINT_NTA, _MM_HINT_T0, _mm_prefetch};
             let ahead = |panel: usize| line.wrapping_add(panel * bytes + AHEAD).cast::<i8>();
-            if one_row {
+            if one_row && self.strip.through_caches {
+                (0..P).for_each(|panel| _mm_prefetch::<_MM_HINT_T0>(ahead(panel)));
+            } else if one_row {
                 (0..P).for_each(|panel| _mm_prefetch::<_MM_HINT_NTA>(ahead(panel)));
             } else if self.from == 0 {
                 (0..self.strip.wide).for_each(|panel| _mm_prefetch::<_MM_HINT_T0>(ahead(panel)));
@@ -81,7 +100,7 @@ impl Strips {
         let longest = |wide: &usize| panels.div_ceil(*wide).div_ceil(threads) * wide;
         // Of five, three rows of registers would be left over.
         let wide = (WIDE_MIN..=WIDE_MAX).rev().filter(|wide| *wide != 5).min_by_key(longest).unwrap_or(WIDE_MAX);
-        Self { panels, wide, from_memory: false }
+        Self { panels, wide, from_memory: false, through_caches: *THROUGH_CACHES }
     }
 
     /// Has lines asked for ahead of their use: no cache keeps them from one product to the next.
@@ -94,7 +113,12 @@ impl Strips {
         let strips = self.panels.div_ceil(self.wide);
         (strips * thread / threads..strips * (thread + 1) / threads).map(move |strip| {
             let first = strip * self.wide;
-            Strip { first, wide: self.wide.min(self.panels - first), from_memory: self.from_memory }
+            Strip {
+                first,
+                wide: self.wide.min(self.panels - first),
+                from_memory: self.from_memory,
+                through_caches: self.through_caches,
+            }
         })
     }
 
@@ -139,7 +163,7 @@ mod tests {
 
     #[test]
     fn lines_lie_side_by_side() {
-        let strips = Strips { panels: 5, wide: 3, from_memory: false };
+        let strips = Strips { wide: 3, ..Strips::of(5) };
         let panels = Tensor::arange(5 * 2 * 4, (tch::Kind::Int64, tch::Device::Cpu)).view([5, 2, 4]);
         let lines: Vec<i64> = Vec::try_from(&strips.interleave(&panels).unwrap()).unwrap();
         let first: Vec<i64> = lines.chunks(4).map(|line| line[0] / 4).collect();
