@@ -104,7 +104,7 @@ mod tests {
             })
             .await;
         });
-        tasks.spawn_local(async move {
+        let listener = tasks.spawn_local(async move {
             for _ in 0..3 {
                 out.send(0).expect("the connection is open");
                 says.iter().zip(1..).for_each(|(say, byte)| say.send(byte).expect("they listen"));
@@ -113,7 +113,8 @@ mod tests {
                 assert_eq!(heard[..5], [0, 1, 2, 3, 4]);
             }
         });
-        tasks.await;
+        // What panics in a task is told to whoever waits for it alone.
+        tasks.run_until(listener).await.expect("all of a round leaves together");
     }
 
     #[tokio::test]
