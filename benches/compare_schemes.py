@@ -57,7 +57,7 @@ def main():
         "floats_median": round(statistics.median(b for _, b in pairs), 2), "ratio_median": round(statistics.median(ratios), 4),
         "ratio_min": round(min(ratios), 4), "ratio_max": round(max(ratios), 4), **texts, "device": "cpu",
         "command": f"python benches/compare_schemes.py {args.model.name} --quantize {args.quantize} --dtype {args.dtype} --against {args.against}"
-                   f" --text {args.text.name if args.text else None} --rounds {args.rounds} --threads {args.threads}",
+                   f"{f' --text {args.text.name}' if args.text else ''} --rounds {args.rounds} --threads {args.threads}",
     }))
 
 
