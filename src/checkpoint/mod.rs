@@ -129,6 +129,18 @@ impl Checkpoint {
         problems
     }
 
+    /// Bytes of the network when it is loaded in `placement`, but for padding.
+    pub fn loaded_bytes(&self, placement: Placement) -> usize {
+        let specs = manifest(&self.config);
+        let matrices = specs.iter().skip(1).map(|spec| self.files.loaded_bytes(spec, placement)).sum::<usize>();
+        // The first is the embedding, which is looked up as floats; a head that is tied to it may be held again.
+        specs.first().map_or(matrices, |embedding| {
+            let floats = embedding.shape.iter().product::<i64>() as usize * placement.dtype.size();
+            let head = self.files.loaded_bytes(embedding, placement);
+            matrices + floats + if self.config.tied && head != floats { head } else { 0 }
+        })
+    }
+
     /// Builds the network in `placement` with a context of at most `positions`. `loaded` is called after each tensor.
     pub fn load(
         &self,

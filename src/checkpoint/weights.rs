@@ -11,11 +11,13 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype as StoredType, SafeTensors};
+use tch::TchError;
 
 use super::CheckpointError;
-use super::gguf::blocks::Block;
+use super::gguf::blocks::{Block, Groups};
 use super::gguf::reader::Info;
 use super::quantization::{Part, Quantization, tensors};
+use crate::model::blocks::Blocks;
 use crate::model::quantized::Matrix;
 use crate::model::{Source, TensorSpec};
 use crate::tensor::{Dtype, Kind, Placement, Tensor};
@@ -37,6 +39,15 @@ struct Entry {
     range: std::ops::Range<usize>,
     /// The rows of each of so many heads lie interleaved: 0, n/2, 1, n/2 + 1, … (llama.cpp's order).
     interleaved: Option<i64>,
+}
+
+impl Entry {
+    /// Rows of `[rows, ...]` in the order in which the network has them.
+    fn ordered(&self, tensor: Tensor) -> Result<Tensor, TchError> {
+        let Some(heads) = self.interleaved else { return Ok(tensor) };
+        let pairs = self.shape[0].checked_div(2 * heads).unwrap_or(0);
+        tensor.f_view([heads, pairs, 2, -1])?.f_transpose(1, 2)?.f_reshape(tensor.size())
+    }
 }
 
 /// The mapped files and where each tensor lies in them.
@@ -159,15 +170,26 @@ impl WeightFiles {
         self.entries.values().map(|entry| entry.range.len()).sum()
     }
 
-    /// Bytes of what `needed` describes when it is loaded: floats in `dtype`, quantised matrices about as they are stored.
-    pub fn loaded_bytes(&self, needed: &[TensorSpec], dtype: Dtype) -> usize {
-        let each = needed.iter().map(|spec| match self.quantization.as_ref().and_then(|q| q.form(&spec.name)) {
-            Some(_) => {
-                self.parts(spec).iter().filter_map(|part| self.entries.get(&part.name)).map(|entry| entry.range.len()).sum()
-            }
-            None => spec.shape.iter().product::<i64>() as usize * dtype.size(),
-        });
-        each.sum()
+    /// Bytes of a matrix when it is loaded: floats, quantised or in blocks, about as it is stored.
+    pub fn loaded_bytes(&self, spec: &TensorSpec, placement: Placement) -> usize {
+        let stored = |part: &Part| self.entries.get(&part.name).map_or(0, |entry| entry.range.len());
+        let elements = spec.shape.iter().product::<i64>() as usize;
+        match (self.quantization.as_ref().and_then(|quantization| quantization.form(&spec.name)), self.kept(spec, placement)) {
+            (Some(_), _) => self.parts(spec).iter().map(stored).sum(),
+            (None, Some((_, block))) => block.held_bytes(elements),
+            (None, None) => elements * placement.dtype.size(),
+        }
+    }
+
+    /// How a matrix is stored that stays in the blocks that it is stored in: where nothing is lost by it, and a kernel reads them.
+    fn kept(&self, spec: &TensorSpec, placement: Placement) -> Option<(&Entry, Block)> {
+        match self.entries.get(&spec.name) {
+            Some(entry) if placement == Placement::CPU_F32 && spec.shape.len() == 2 => match entry.stored {
+                Stored::Blocks(block) => Some((entry, block)),
+                Stored::Plain(_) => None,
+            },
+            _ => None,
+        }
     }
 
     /// Types in which tensors are stored, in our names where they have one.
@@ -207,14 +229,7 @@ impl WeightFiles {
             }
             Stored::Blocks(block) => Tensor::f_from_slice(&block.dequantize(bytes)).and_then(|flat| flat.f_view(&*entry.shape)),
         };
-        let ordered = |tensor: Tensor| match entry.interleaved {
-            None => Ok(tensor),
-            Some(heads) => tensor
-                .f_view([heads, entry.shape[0].checked_div(2 * heads).unwrap_or(0), 2, -1])?
-                .f_transpose(1, 2)?
-                .f_reshape(&*entry.shape),
-        };
-        tensor.and_then(ordered).map_err(|e| wrong(format!("tensor {name}: {e}")))
+        tensor.and_then(|tensor| entry.ordered(tensor)).map_err(|e| wrong(format!("tensor {name}: {e}")))
     }
 
     /// Loads with conversion; refuses a tensor that holds NaN or infinity.
@@ -232,10 +247,28 @@ impl WeightFiles {
         Ok(loaded)
     }
 
+    /// A matrix in the blocks that it is stored in, where it is to stay there; refused with a scale that is NaN or infinite.
+    fn blocks(&self, spec: &TensorSpec, placement: Placement) -> Result<Option<Blocks>, CheckpointError> {
+        let Some((entry, block)) = self.kept(spec, placement) else { return Ok(None) };
+        let Groups { codes, scales, minima } = block.groups(&self.files[entry.file].1[entry.range.clone()]);
+        if !scales.iter().chain(&minima).all(|number| number.is_finite()) {
+            return Err(CheckpointError::Problems(vec![format!("tensor {} holds NaN or infinity", spec.name)]));
+        }
+        let rows = |tensor: Tensor| tensor.f_view([entry.shape[0], -1]).and_then(|tensor| entry.ordered(tensor));
+        Ok(Some(Blocks {
+            codes: rows(Tensor::f_from_slice(&codes)?)?,
+            scales: rows(Tensor::f_from_slice(&scales)?)?,
+            minima: rows(Tensor::f_from_slice(&minima)?)?,
+        }))
+    }
+
     /// A matrix as it is stored: in codes and scales, which are checked, or loaded as a tensor is.
     pub fn matrix(&self, spec: &TensorSpec, placement: Placement) -> Result<Matrix, CheckpointError> {
         let Some(form) = self.quantization.as_ref().and_then(|quantization| quantization.form(&spec.name)) else {
-            return self.load(&spec.name, placement).map(Matrix::Plain);
+            return match self.blocks(spec, placement)? {
+                Some(blocks) => Ok(Matrix::Blocks(blocks)),
+                None => self.load(&spec.name, placement).map(Matrix::Plain),
+            };
         };
         let stored = form.parts(spec).iter().map(|part| self.stored(&part.name)).collect::<Result<Vec<_>, _>>()?;
         let mut matrix = tensors::read(spec, form, &stored).map_err(|problem| CheckpointError::Problems(vec![problem]))?;
@@ -266,6 +299,14 @@ impl Source for WeightSource<'_> {
         let matrix = self.files.matrix(spec, self.placement)?;
         (self.loaded)(spec);
         Ok(matrix)
+    }
+
+    fn head(&mut self, spec: &TensorSpec, embedding: Option<&Tensor>) -> Result<Option<Matrix>, CheckpointError> {
+        match embedding {
+            None => self.matrix(spec).map(Some),
+            // A head reads all of it for every row, an embedding looks some rows up: blocks are for the one, floats for the other.
+            Some(_) => Ok(self.files.blocks(spec, self.placement)?.map(Matrix::Blocks)),
+        }
     }
 }
 

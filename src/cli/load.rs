@@ -95,10 +95,9 @@ impl RunOptions {
     /// What a model takes at least: its weights, its draft heads, and room for one context's tokens. By its headers alone.
     fn need(&self, checkpoint: &Checkpoint, placement: Placement) -> Need {
         let bare = self.bare(&checkpoint.config, placement);
-        let weights = match checkpoint.files.quantization() {
-            Some(_) => checkpoint.files.loaded_bytes(&manifest(&checkpoint.config), placement.dtype) as u64,
-            None => bare.weights,
-        };
+        // What is stored quantised stays so.
+        let quantised = self.quantize.is_some() && checkpoint.files.quantization().is_none();
+        let weights = if quantised { bare.weights } else { checkpoint.loaded_bytes(placement) as u64 };
         Need { weights, drafters: drafter_bytes(&self.folder(checkpoint)), ..bare }
     }
 

@@ -10,6 +10,7 @@
 mod apart;
 mod at_once;
 mod attend;
+pub mod blocks;
 pub mod cache;
 pub mod family;
 pub mod forward;
@@ -77,10 +78,9 @@ pub trait Source {
         Ok(Matrix::Plain(self.tensor(spec)?))
     }
 
-    /// The vocabulary head; `None` where it is the embedding as it lies, which is so without a `spec` unless the source has another
-    /// form of it.
-    fn head(&mut self, spec: Option<&TensorSpec>, _embedding: &Tensor) -> Result<Option<Matrix>, Self::Error> {
-        spec.map(|spec| self.matrix(spec)).transpose()
+    /// The vocabulary head, stored as `spec` says. Where that is the `embedding`, which is given then, `None` leaves it to that as it lies.
+    fn head(&mut self, spec: &TensorSpec, embedding: Option<&Tensor>) -> Result<Option<Matrix>, Self::Error> {
+        if embedding.is_some() { Ok(None) } else { self.matrix(spec).map(Some) }
     }
 }
 
@@ -147,7 +147,7 @@ enum Head {
     /// The embedding, row by row.
     Embedding,
     Plain(Tensor),
-    Quantized(Linear),
+    Codes(Linear),
 }
 
 /// As [`Transformer::precision`] says it.
@@ -183,7 +183,8 @@ impl Transformer {
             Some(spec) => spec,
             None => unreachable!("the manifest and the stack list the same tensors"),
         };
-        let embedding = source.tensor(&next())?;
+        let first = next();
+        let embedding = source.tensor(&first)?;
         let mut layers = Vec::with_capacity(config.layers);
         for _ in 0..config.layers {
             let mut linear = |parts: usize, bias: bool| -> Result<Linear, S::Error> {
@@ -202,12 +203,12 @@ impl Transformer {
             layers.push(Layer { attention_norm, qkv, output, qk_norm, mlp_norm, gate_up, down });
         }
         let norm = source.tensor(&next())?;
-        let spec = if config.tied { None } else { Some(next()) };
-        let head = match source.head(spec.as_ref(), &embedding)? {
+        let (spec, tied) = if config.tied { (first, Some(&embedding)) } else { (next(), None) };
+        let head = match source.head(&spec, tied)? {
             None => Head::Embedding,
             // It has the few rows that are wanted, and is as well read as it lies.
             Some(Matrix::Plain(weight)) => Head::Plain(weight),
-            Some(quantized) => Head::Quantized(Linear::new(quantized, None, placement)?),
+            Some(codes) => Head::Codes(Linear::new(codes, None, placement)?),
         };
         let rotary = Rotary::new(config, positions.min(config.max_positions), placement.device)?;
         let config = config.clone();
@@ -258,7 +259,7 @@ impl Transformer {
     }
 
     fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
-        let head = if let Head::Quantized(head) = &mut self.head { Some(head) } else { None };
+        let head = if let Head::Codes(head) = &mut self.head { Some(head) } else { None };
         fn of(layer: &mut Layer) -> [&mut Linear; 4] {
             [&mut layer.qkv, &mut layer.output, &mut layer.gate_up, &mut layer.down]
         }
@@ -275,7 +276,7 @@ impl Transformer {
         let head = match &self.head {
             Head::Embedding => 0,
             Head::Plain(weight) => bytes(weight),
-            Head::Quantized(head) => head.bytes(),
+            Head::Codes(head) => head.bytes(),
         };
         let layers: usize = self.layers.iter().map(|layer| linears(layer) + norms(layer)).sum();
         bytes(&self.embedding) + layers + bytes(&self.norm) + head
@@ -362,7 +363,7 @@ impl Transformer {
         let head = match &self.head {
             Head::Embedding => &self.embedding,
             Head::Plain(weight) => weight,
-            Head::Quantized(head) => return head.forward(hidden),
+            Head::Codes(head) => return head.forward(hidden),
         };
         linear(&hidden.f_to_kind(head.f_kind()?)?, head, None)
     }

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::blocks::Blocks;
 use super::{ModelError, Source, TensorSpec};
 use crate::tensor::{Kind, Tensor};
 
@@ -326,19 +327,32 @@ pub fn rounded(x: &Tensor, scheme: Scheme) -> Result<Tensor, ModelError> {
 pub enum Matrix {
     /// `[outputs, inputs]`.
     Plain(Tensor),
+    /// The same in fewer bytes.
+    Blocks(Blocks),
     Quantized(Quantized),
 }
 
 impl Matrix {
+    /// Its weights, `[outputs, inputs]`: of whichever type they are, or f32 where they are in codes.
+    pub fn floats(&self) -> Result<Tensor, ModelError> {
+        match self {
+            Matrix::Plain(weight) => Ok(weight.shallow_clone()),
+            Matrix::Blocks(weight) => weight.floats(),
+            Matrix::Quantized(weight) => weight.dequantized(Kind::Float),
+        }
+    }
+
     /// Several with the same inputs as one: their outputs side by side. Parts of different forms become floats of type `kind`.
     pub fn join(mut parts: Vec<Matrix>, kind: Kind) -> Result<Self, ModelError> {
         if parts.len() == 1 {
             return Ok(parts.remove(0));
         }
-        let floats = |part: &Matrix| match part {
-            Matrix::Plain(weight) => Ok(weight.shallow_clone()),
-            Matrix::Quantized(weight) => weight.dequantized(kind),
-        };
+        if parts.iter().all(|part| matches!(part, Matrix::Blocks(_))) {
+            let blocks =
+                parts.into_iter().filter_map(|part| if let Matrix::Blocks(blocks) = part { Some(blocks) } else { None });
+            return Ok(Matrix::Blocks(Blocks::join(&blocks.collect::<Vec<_>>())?));
+        }
+        let floats = |part: &Matrix| -> Result<Tensor, ModelError> { Ok(part.floats()?.f_to_kind(kind)?) };
         let scheme = |part: &Matrix| if let Matrix::Quantized(weight) = part { Some(weight.scheme) } else { None };
         let first = parts.first().and_then(scheme);
         match first {
@@ -378,16 +392,18 @@ impl<S: Source> Source for Quantizing<S> {
 
     fn matrix(&mut self, spec: &TensorSpec) -> Result<Matrix, S::Error> {
         match self.source.matrix(spec)? {
-            Matrix::Plain(weight) => Ok(Matrix::Quantized(Quantized::of(&weight, self.scheme)?)),
-            quantized => Ok(quantized),
+            Matrix::Quantized(quantized) => Ok(Matrix::Quantized(quantized)),
+            floats => Ok(Matrix::Quantized(Quantized::of(&floats.floats()?, self.scheme)?)),
         }
     }
 
-    fn head(&mut self, spec: Option<&TensorSpec>, embedding: &Tensor) -> Result<Option<Matrix>, S::Error> {
-        match self.source.head(spec, embedding)? {
-            Some(Matrix::Quantized(quantized)) => Ok(Some(Matrix::Quantized(quantized))),
-            Some(Matrix::Plain(weight)) => Ok(Some(Matrix::Quantized(Quantized::of(&weight, self.scheme.for_head())?))),
-            None => Ok(Some(Matrix::Quantized(Quantized::of(embedding, self.scheme.for_head())?))),
-        }
+    fn head(&mut self, spec: &TensorSpec, embedding: Option<&Tensor>) -> Result<Option<Matrix>, S::Error> {
+        let floats = match (self.source.head(spec, embedding)?, embedding) {
+            (Some(Matrix::Quantized(quantized)), _) => return Ok(Some(Matrix::Quantized(quantized))),
+            (_, Some(embedding)) => embedding.shallow_clone(),
+            (Some(head), None) => head.floats()?,
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(Matrix::Quantized(Quantized::of(&floats, self.scheme.for_head())?)))
     }
 }

@@ -13,7 +13,7 @@ use lacuna::checkpoint::quantization::Quantization;
 use lacuna::checkpoint::weights::{WeightFiles, WeightSource};
 use lacuna::model::quantized::Matrix;
 use lacuna::model::{Source, TensorSpec, Transformer, manifest};
-use lacuna::tensor::{Kind, Placement, Tensor};
+use lacuna::tensor::{Placement, Tensor};
 use serde_json::Value;
 
 fn json_of(folder: &Path) -> Value {
@@ -61,10 +61,7 @@ impl Source for Dequantised<'_> {
     }
 
     fn matrix(&mut self, spec: &TensorSpec) -> Result<Matrix, Self::Error> {
-        Ok(match self.0.matrix(spec)? {
-            Matrix::Quantized(matrix) => Matrix::Plain(matrix.dequantized(Kind::Float)?),
-            plain => plain,
-        })
+        Ok(Matrix::Plain(self.0.matrix(spec)?.floats()?))
     }
 }
 

@@ -1,7 +1,7 @@
 //! How ggml stores numbers: plain floats, and blocks of small integers under shared scales.
 //!
-//! Layouts and the order of every f32 operation are those of ggml's `dequantize_row_*` reference (and of the `gguf` Python
-//! package), so the values are the same to the bit. Nothing here knows of files or tensors.
+//! Layouts are those of ggml's `dequantize_row_*` reference (and of the `gguf` Python package), and so are the values, to the bit (but for
+//! the sign of a zero). Nothing here knows of files or tensors.
 
 use half::{bf16, f16};
 
@@ -70,39 +70,86 @@ impl Block {
         self.layout().2
     }
 
+    /// Elements that share a scale; none of plain floats.
+    pub fn group(self) -> Option<usize> {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => None,
+            Self::Q6_K => Some(16),
+            _ => Some(32),
+        }
+    }
+
+    /// About how many bytes a matrix of so many elements takes that stays in these blocks: codes of four or eight bits, and two numbers a group
+    /// ([`crate::tensor::kernels::compact`]).
+    pub fn held_bytes(self, elements: usize) -> usize {
+        let Some(group) = self.group() else { return elements * self.bytes() };
+        let codes = if matches!(self, Self::Q4_0 | Self::Q4_1 | Self::Q4_K) { elements / 2 } else { elements };
+        // Products of two scales do not fit 16 bits.
+        let scale = if matches!(self, Self::Q4_K | Self::Q5_K | Self::Q6_K) { size_of::<f32>() } else { size_of::<f16>() };
+        codes + elements / group * 2 * scale
+    }
+
     /// The numbers in `bytes`, whole blocks of them.
     pub fn dequantize(self, bytes: &[u8]) -> Vec<f32> {
-        let unpack: fn(&[u8], &mut Vec<f32>) = match self {
-            Self::F32 => |b, out| out.push(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-            Self::F16 => |b, out| out.push(half_at(b, 0)),
-            Self::BF16 => |b, out| out.push(bf16::from_le_bytes([b[0], b[1]]).to_f32()),
-            Self::Q4_0 => |b, out| {
-                let scale = half_at(b, 0);
-                out.extend(nibbles(&b[2..]).map(|q| scale * (q as f32 - 8.0)));
-            },
-            Self::Q4_1 => |b, out| {
-                let (scale, min) = (half_at(b, 0), half_at(b, 2));
-                out.extend(nibbles(&b[4..]).map(|q| scale * q as f32 + min));
-            },
-            Self::Q5_0 => |b, out| {
-                let (scale, high) = (half_at(b, 0), [b[2], b[3], b[4], b[5]]);
-                out.extend(fives(&b[6..], high).map(|q| scale * (q as f32 - 16.0)));
-            },
-            Self::Q5_1 => |b, out| {
-                let (scale, min, high) = (half_at(b, 0), half_at(b, 2), [b[4], b[5], b[6], b[7]]);
-                out.extend(fives(&b[8..], high).map(|q| scale * q as f32 + min));
-            },
+        let numbers = bytes.chunks_exact(self.bytes());
+        match (self, self.group()) {
+            (Self::F16, _) => numbers.map(|b| half_at(b, 0)).collect(),
+            (Self::BF16, _) => numbers.map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            (_, None) => numbers.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            (_, Some(group)) => {
+                let Groups { codes, scales, minima } = self.groups(bytes);
+                let shared = scales.iter().zip(&minima);
+                codes
+                    .chunks_exact(group)
+                    .zip(shared)
+                    .flat_map(|(codes, (s, m))| codes.iter().map(move |q| s * f32::from(*q) + m))
+                    .collect()
+            }
+        }
+    }
+
+    /// What whole blocks in `bytes` consist of. Of plain floats, nothing.
+    pub fn groups(self, bytes: &[u8]) -> Groups {
+        let unpack: fn(&[u8], &mut Groups) = match self {
+            Self::F32 | Self::F16 | Self::BF16 => return Groups::default(),
+            Self::Q4_0 => |b, out| out.put(half_at(b, 0), -8.0 * half_at(b, 0), nibbles(&b[2..])),
+            Self::Q4_1 => |b, out| out.put(half_at(b, 0), half_at(b, 2), nibbles(&b[4..])),
+            Self::Q5_0 => |b, out| out.put(half_at(b, 0), -16.0 * half_at(b, 0), fives(&b[6..], [b[2], b[3], b[4], b[5]])),
+            Self::Q5_1 => |b, out| out.put(half_at(b, 0), half_at(b, 2), fives(&b[8..], [b[4], b[5], b[6], b[7]])),
             Self::Q8_0 => |b, out| {
                 let scale = half_at(b, 0);
-                out.extend(b[2..].iter().map(|q| scale * (*q as i8) as f32));
+                out.put(scale, -128.0 * scale, b[2..].iter().map(|q| q.wrapping_add(128)));
             },
             Self::Q4_K => |b, out| eighths(b, None, &b[16..], out),
             Self::Q5_K => |b, out| eighths(b, Some(&b[16..48]), &b[48..], out),
             Self::Q6_K => q6_k,
         };
-        let mut out = Vec::with_capacity(bytes.len() / self.bytes() * self.elements());
+        let elements = bytes.len() / self.bytes() * self.elements();
+        let groups = elements / self.group().unwrap_or(1);
+        let mut out = Groups {
+            codes: Vec::with_capacity(elements),
+            scales: Vec::with_capacity(groups),
+            minima: Vec::with_capacity(groups),
+        };
         bytes.chunks_exact(self.bytes()).for_each(|block| unpack(block, &mut out));
         out
+    }
+}
+
+/// Codes without signs, and of each group what they share: a number is `code · scale + minimum`. The product is exact in f32, and so is what a
+/// code without its sign has too much: the sum is rounded as ggml rounds it.
+#[derive(Debug, Default)]
+pub struct Groups {
+    pub codes: Vec<u8>,
+    pub scales: Vec<f32>,
+    pub minima: Vec<f32>,
+}
+
+impl Groups {
+    fn put(&mut self, scale: f32, minimum: f32, codes: impl Iterator<Item = u8>) {
+        self.scales.push(scale);
+        self.minima.push(minimum);
+        self.codes.extend(codes);
     }
 }
 
@@ -152,7 +199,7 @@ fn fives(bytes: &[u8], high: [u8; 4]) -> impl Iterator<Item = u8> {
 
 /// Q4_K and Q5_K: eight groups of 32, each with a scale and a minimum of 6 bits under two of the block's own. Byte `l` of the
 /// quarter `k` holds element `l` of group `2k` (low half) and of `2k + 1`; bit `g` of byte `l` of `high` is a fifth bit.
-fn eighths(block: &[u8], high: Option<&[u8]>, low: &[u8], out: &mut Vec<f32>) {
+fn eighths(block: &[u8], high: Option<&[u8]>, low: &[u8], out: &mut Groups) {
     let (scale, min) = (half_at(block, 0), half_at(block, 2));
     let packed = &block[4..16];
     for group in 0..8 {
@@ -163,26 +210,23 @@ fn eighths(block: &[u8], high: Option<&[u8]>, low: &[u8], out: &mut Vec<f32>) {
                 (joint & 15 | packed[group - 4] >> 6 << 4, joint >> 4 | packed[group] >> 6 << 4)
             }
         };
-        let (s, m) = (scale * s as f32, min * m as f32);
-        let quarter = &low[group / 2 * 32..][..32];
-        out.extend(quarter.iter().enumerate().map(|(l, byte)| {
-            let q = byte >> (group % 2 * 4) & 15 | high.map_or(0, |high| high[l] >> group & 1) << 4;
-            s * q as f32 - m
-        }));
+        let quarter = low[group / 2 * 32..][..32].iter().enumerate();
+        let codes = quarter.map(|(l, byte)| byte >> (group % 2 * 4) & 15 | high.map_or(0, |high| high[l] >> group & 1) << 4);
+        out.put(scale * s as f32, -(min * m as f32), codes);
     }
 }
 
 /// Two halves of 128 elements, each of four runs of 32 whose low 4 bits share bytes two by two and whose high 2 bits share
 /// bytes four by four; 16 elements share a signed scale.
-fn q6_k(block: &[u8], out: &mut Vec<f32>) {
+fn q6_k(block: &[u8], out: &mut Groups) {
     let scale = half_at(block, 208);
     for part in 0..2 {
         let (low, high, scales) = (&block[part * 64..][..64], &block[128 + part * 32..][..32], &block[192 + part * 8..][..8]);
-        for run in 0..4 {
-            out.extend((0..32).map(|l| {
-                let q = low[l + run % 2 * 32] >> (run / 2 * 4) & 15 | (high[l] >> (run * 2) & 3) << 4;
-                scale * (scales[l / 16 + run * 2] as i8) as f32 * (q as f32 - 32.0)
-            }));
+        for (group, own) in scales.iter().enumerate() {
+            let (run, scale) = (group / 2, scale * (*own as i8) as f32);
+            let elements = group % 2 * 16..(group % 2 + 1) * 16;
+            let codes = elements.map(|l| low[l + run % 2 * 32] >> (run / 2 * 4) & 15 | (high[l] >> (run * 2) & 3) << 4);
+            out.put(scale, -32.0 * scale, codes);
         }
     }
 }

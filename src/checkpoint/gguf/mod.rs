@@ -1,8 +1,8 @@
 //! GGUF files, llama.cpp's form of a model: one file with settings, vocabulary and quantised weights.
 //!
 //! [`open`] gives what a model folder would hold, so that a file can be run as it is; [`import`] writes that folder. Everything
-//! becomes what the model was before its conversion: Hugging Face's names, order of rows and JSON. Weights are unpacked to
-//! floats ([`blocks`]) when they are loaded; nothing computes on quantised ones, and nothing here knows of decoding.
+//! becomes what the model was before its conversion: Hugging Face's names, order of rows and JSON. Weights are unpacked when they are
+//! loaded ([`blocks`]): to floats, or to codes and scales of the same numbers. Nothing here knows of decoding.
 
 pub mod blocks;
 pub mod reader;

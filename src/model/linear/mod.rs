@@ -12,7 +12,9 @@ use std::sync::{Mutex, PoisonError};
 use tracing::warn;
 
 use super::ModelError;
+use super::blocks::Blocks;
 use super::quantized::{Matrix, Quantized, Scheme};
+use crate::tensor::kernels::compact::Compact;
 use crate::tensor::kernels::packed::Packed;
 use crate::tensor::kernels::turns::{Rows, Turns};
 use crate::tensor::kernels::{self, pointwise};
@@ -63,6 +65,7 @@ impl Linear {
     pub fn new(weight: Matrix, bias: Option<Tensor>, placement: Placement) -> Result<Self, ModelError> {
         let (scheme, weight) = match weight {
             Matrix::Plain(weight) => (None, plain(weight)?),
+            Matrix::Blocks(weight) => (None, blocks(&weight, placement)?),
             Matrix::Quantized(weight) => quantized(weight, placement)?,
         };
         Ok(Self { weight, bias, scheme })
@@ -122,6 +125,16 @@ fn plain(weight: Tensor) -> Result<Box<dyn Product>, ModelError> {
         Some(packed) => Box::new(packed),
         None => Box::new(Plain(weight)),
     })
+}
+
+/// As they are where a kernel reads them; else the floats that they mean.
+fn blocks(weight: &Blocks, placement: Placement) -> Result<Box<dyn Product>, ModelError> {
+    if placement == Placement::CPU_F32
+        && let Some(compact) = Compact::of(&weight.codes, &weight.scales, &weight.minima)?
+    {
+        return Ok(Box::new(compact));
+    }
+    plain(weight.floats()?.f_to_device(placement.device)?.f_to_kind(placement.dtype.kind())?)
 }
 
 /// The first form that does it right, and the scheme that it holds weights in; else floats.
@@ -226,6 +239,27 @@ impl Product for Packed {
 
     fn read_from_memory(&mut self) {
         Packed::read_from_memory(self);
+    }
+}
+
+impl Product for Compact {
+    fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, ModelError> {
+        match Compact::product(self, &x.f_to_kind(Kind::Float)?)? {
+            Some(out) => add(out, bias),
+            None => Err(unsuited(x)),
+        }
+    }
+
+    fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        Compact::turn(self, x, out, turns)
+    }
+
+    fn bytes(&self) -> usize {
+        Compact::bytes(self)
+    }
+
+    fn read_from_memory(&mut self) {
+        Compact::read_from_memory(self);
     }
 }
 

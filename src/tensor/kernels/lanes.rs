@@ -1,6 +1,8 @@
 //! What the kernels compute in: sixteen running sums at a time, on whatever vectors the CPU has, and the types that weights are
 //! stored in.
 
+use half::f16;
+
 /// Lanes of a running sum: a vector register of AVX-512 in f32.
 pub const LANES: usize = 16;
 
@@ -29,6 +31,26 @@ pub trait Lanes: Copy {
         let bytes = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
         let (low, high) = (bytes.map(|byte| f32::from(byte << 4 >> 4)), bytes.map(|byte| f32::from(byte >> 4)));
         unsafe { (Self::load(low.as_ptr()), Self::load(high.as_ptr())) }
+    }
+
+    /// The lower and the upper halves of sixteen bytes, each a whole number of four bits without a sign.
+    #[inline(always)]
+    unsafe fn load_u4(from: *const u8) -> (Self, Self) {
+        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        let (low, high) = (bytes.map(|byte| f32::from(byte & 15)), bytes.map(|byte| f32::from(byte >> 4)));
+        unsafe { (Self::load(low.as_ptr()), Self::load(high.as_ptr())) }
+    }
+
+    /// Sixteen whole numbers of eight bits without a sign.
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self {
+        unsafe { Self::load(from.cast::<[u8; LANES]>().read_unaligned().map(f32::from).as_ptr()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        let wide = unsafe { from.cast::<[u16; LANES]>().read_unaligned() }.map(|bits| f16::from_bits(bits).to_f32());
+        unsafe { Self::load(wide.as_ptr()) }
     }
 
     /// Sixteen floats of eight bits, with four of exponent. What is no number there is read as some number.
@@ -99,6 +121,25 @@ mod x86 {
                 let low = _mm512_srai_epi32::<28>(_mm512_slli_epi32::<28>(bytes));
                 (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(_mm512_srai_epi32::<4>(bytes)))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn load_u4(from: *const u8) -> (Self, Self) {
+            unsafe {
+                let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+                let low = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
+                (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(bytes)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_u8(from: *const u8) -> Self {
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> Self {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
         }
 
         /// As the upper bits of an f16, whose exponent is larger by 8.

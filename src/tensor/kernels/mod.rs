@@ -13,6 +13,7 @@
 mod attend;
 pub mod attention;
 pub mod codes;
+pub mod compact;
 pub mod integers;
 mod lanes;
 pub mod linear;

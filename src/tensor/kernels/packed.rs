@@ -14,7 +14,7 @@ use tch::TchError;
 use super::lanes::{LANES, Lanes, Stored};
 use super::pointwise::widen;
 use super::product::{Format, PAIRED, Single, Wide};
-use super::strips::{Part, Strips};
+use super::strips::{Part, Strip, Strips};
 use super::turns::{Rows, Turns};
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
@@ -22,11 +22,11 @@ use crate::tensor::{Kind, Tensor};
 /// Outputs side by side.
 const PANEL: usize = LANES;
 /// Vectors of a panel that are summed up by themselves: short sums of f32 lose less, and the input's part of them stays near.
-const BLOCK: usize = 256;
+pub(super) const BLOCK: usize = 256;
 /// Bytes of the input that are gone through together, so that they stay in the second-level cache.
-const TILE: usize = 256 * 1024;
+pub(super) const TILE: usize = 256 * 1024;
 /// Products of fewer multiplications are not worth other threads.
-const PARALLEL_FROM: usize = 32 * 1024;
+pub(super) const PARALLEL_FROM: usize = 32 * 1024;
 /// The same where weights stay in a core's own cache, so that a wait takes longer than the work.
 pub(super) const SMALL_PARALLEL_FROM: usize = 1024 * 1024;
 
@@ -146,20 +146,20 @@ impl Packed {
 }
 
 /// One product, as plain memory.
-struct Product {
+pub(super) struct Product {
     /// `[rows, inputs]` in f32, or in bf16 where it is `paired`.
-    input: *const c_void,
-    weight: *const c_void,
-    strips: Strips,
+    pub input: *const c_void,
+    pub weight: *const c_void,
+    pub strips: Strips,
     /// `[rows, outputs]` in the weight's type.
-    out: *mut c_void,
-    rows: usize,
-    inputs: usize,
-    outputs: usize,
-    half: bool,
-    paired: bool,
+    pub out: *mut c_void,
+    pub rows: usize,
+    pub inputs: usize,
+    pub outputs: usize,
+    pub half: bool,
+    pub paired: bool,
     /// Whether results are in f32, whatever the weight.
-    wide: bool,
+    pub wide: bool,
 }
 
 impl Kernel for Product {
@@ -199,59 +199,79 @@ impl Product {
     #[inline(always)]
     unsafe fn run<V: Lanes, F: Format<V>>(&self, thread: usize, threads: usize) {
         let tiles = (self.rows * self.inputs * size_of::<F::Input>()).div_ceil(TILE).clamp(1, self.rows.max(1));
-        let mut open = vec![];
+        let (units, mut open) = (self.inputs / F::UNIT, vec![]);
         for tile in 0..tiles {
             let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
             for strip in self.strips.share(thread, threads) {
-                let mut from = 0;
-                while from < strip.wide {
-                    let part = Part { strip, from };
-                    // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
-                    from += unsafe {
-                        match (strip.wide - from, rows.len()) {
-                            _ if V::SUMS < 24 => self.part::<V, F, 1, 6>(part, &rows, &mut open),
-                            (4, 7) if F::UNIT > 1 => self.part::<V, F, 2, 8>(part, &rows, &mut open),
-                            (6, ..=4) => self.part::<V, F, 6, 4>(part, &rows, &mut open),
-                            (4, _) => self.part::<V, F, 4, 6>(part, &rows, &mut open),
-                            (3.., _) => self.part::<V, F, 3, 8>(part, &rows, &mut open),
-                            (2, _) => self.part::<V, F, 2, 8>(part, &rows, &mut open),
-                            _ => self.part::<V, F, 1, 8>(part, &rows, &mut open),
-                        }
-                    };
+                unsafe {
+                    let lines = self.weight.cast::<F::Weight>().add(strip.first * units * F::STEP);
+                    self.strip::<V, F>(strip, &rows, &(0..units), lines, &mut open);
                 }
             }
         }
     }
 
-    /// All `rows` with `P` panels, at most `M` at a time (every count up to it is one pass: the weights are what takes long); `open` keeps
-    /// the sums from block to block. Gives `P`.
+    /// All `rows` with the panels of a strip, over the inputs of `units`, a whole block of them or all, whose lines are there; `open` keeps the
+    /// sums from block to block.
+    #[inline(always)]
+    pub(super) unsafe fn strip<V: Lanes, F: Format<V>>(
+        &self,
+        strip: Strip,
+        rows: &Range<usize>,
+        units: &Range<usize>,
+        lines: *const F::Weight,
+        open: &mut Vec<V>,
+    ) {
+        let (mut from, all) = (0, self.inputs / F::UNIT);
+        if all > BLOCK {
+            open.resize(rows.len() * strip.wide, unsafe { V::zero() });
+        }
+        while from < strip.wide {
+            let part = Part { strip, from };
+            // A part that goes through all its blocks at once needs no place of its own.
+            let open = open.as_mut_ptr().wrapping_add(if units.len() < all { rows.len() * from } else { 0 });
+            // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
+            from += unsafe {
+                match (strip.wide - from, rows.len()) {
+                    _ if V::SUMS < 24 => self.part::<V, F, 1, 6>(part, rows, units, lines, open),
+                    (4, 7) if F::UNIT > 1 => self.part::<V, F, 2, 8>(part, rows, units, lines, open),
+                    (6, ..=4) => self.part::<V, F, 6, 4>(part, rows, units, lines, open),
+                    (4, _) => self.part::<V, F, 4, 6>(part, rows, units, lines, open),
+                    (3.., _) => self.part::<V, F, 3, 8>(part, rows, units, lines, open),
+                    (2, _) => self.part::<V, F, 2, 8>(part, rows, units, lines, open),
+                    _ => self.part::<V, F, 1, 8>(part, rows, units, lines, open),
+                }
+            };
+        }
+    }
+
+    /// All `rows` with `P` panels, at most `M` at a time (every count up to it is one pass: the weights are what takes long). Gives `P`.
     #[inline(always)]
     unsafe fn part<V: Lanes, F: Format<V>, const P: usize, const M: usize>(
         &self,
         part: Part,
         rows: &Range<usize>,
-        open: &mut Vec<V>,
+        units: &Range<usize>,
+        lines: *const F::Weight,
+        open: *mut V,
     ) -> usize {
-        let units = self.inputs / F::UNIT;
         unsafe {
-            if units > BLOCK {
-                open.resize(rows.len() * P, V::zero());
-            }
-            for start in (0..units).step_by(BLOCK) {
-                let block = start..(start + BLOCK).min(units);
+            for start in units.clone().step_by(BLOCK) {
+                let block = start..(start + BLOCK).min(units.end);
+                let lines = lines.add(((start - units.start) * part.strip.wide + part.from) * F::STEP);
                 let mut row = rows.start;
                 while row < rows.end {
-                    let open = open.as_mut_ptr().wrapping_add((row - rows.start) * P);
+                    let open = open.wrapping_add((row - rows.start) * P);
                     let part = if row == rows.start { part } else { part.at_hand() };
                     row += match (rows.end - row).min(M) {
-                        8.. => self.tile::<V, F, P, 8>(part, row, &block, open),
-                        7 => self.tile::<V, F, P, 7>(part, row, &block, open),
-                        6 => self.tile::<V, F, P, 6>(part, row, &block, open),
-                        5 => self.tile::<V, F, P, 5>(part, row, &block, open),
-                        4 => self.tile::<V, F, P, 4>(part, row, &block, open),
-                        3 => self.tile::<V, F, P, 3>(part, row, &block, open),
-                        2 => self.tile::<V, F, P, 2>(part, row, &block, open),
-                        _ => self.tile::<V, F, P, 1>(part, row, &block, open),
+                        8.. => self.tile::<V, F, P, 8>(part, row, &block, lines, open),
+                        7 => self.tile::<V, F, P, 7>(part, row, &block, lines, open),
+                        6 => self.tile::<V, F, P, 6>(part, row, &block, lines, open),
+                        5 => self.tile::<V, F, P, 5>(part, row, &block, lines, open),
+                        4 => self.tile::<V, F, P, 4>(part, row, &block, lines, open),
+                        3 => self.tile::<V, F, P, 3>(part, row, &block, lines, open),
+                        2 => self.tile::<V, F, P, 2>(part, row, &block, lines, open),
+                        _ => self.tile::<V, F, P, 1>(part, row, &block, lines, open),
                     };
                 }
             }
@@ -259,7 +279,7 @@ impl Product {
         P
     }
 
-    /// `M` rows with `P` panels over one block of inputs. Adds to what is `open`, unless the block is the first, and leaves the sums
+    /// `M` rows with `P` panels over one block of inputs, whose lines are there. Adds to what is `open`, unless the block is the first, and leaves the sums
     /// there, unless it is the last. Gives `M`.
     #[inline(always)]
     unsafe fn tile<V: Lanes, F: Format<V>, const P: usize, const M: usize>(
@@ -267,15 +287,15 @@ impl Product {
         part: Part,
         row: usize,
         block: &Range<usize>,
+        lines: *const F::Weight,
         open: *mut V,
     ) -> usize {
         let units = self.inputs / F::UNIT;
         unsafe {
-            let weight = self.weight.cast::<F::Weight>().add((part.strip.first * units + part.from) * F::STEP);
-            let input = self.input.cast::<F::Input>().add(row * self.inputs);
+            let input = self.input.cast::<F::Input>().add(row * self.inputs + block.start * F::UNIT);
             let mut sums = [[V::zero(); P]; M];
-            for unit in block.clone() {
-                let line = weight.add(unit * part.strip.wide * F::STEP);
+            for unit in 0..block.len() {
+                let line = lines.add(unit * part.strip.wide * F::STEP);
                 let mut w = [F::weight(line); P];
                 for (p, w) in w.iter_mut().enumerate().skip(1) {
                     *w = F::weight(line.add(p * F::STEP));
@@ -307,7 +327,7 @@ impl Product {
     }
 
     #[inline(always)]
-    unsafe fn put<V: Lanes, F: Format<V>>(&self, row: usize, first: usize, sum: V) {
+    pub(super) unsafe fn put<V: Lanes, F: Format<V>>(&self, row: usize, first: usize, sum: V) {
         unsafe {
             let (out, values) = (self.out.cast::<F::Out>().add(row * self.outputs + first), sum.store().map(F::Out::narrow));
             match self.outputs - first {

@@ -19,8 +19,19 @@ const WIDE_MIN: usize = 3;
 pub struct Strips {
     panels: usize,
     wide: usize,
-    from_memory: bool,
-    through_caches: bool,
+    ahead: Ahead,
+}
+
+/// Which of a product's lines are asked for ahead of their use, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ahead {
+    /// None: a cache has them.
+    Nothing,
+    /// All; what is used once, past the caches, so that it displaces nothing. AMD's cores are fastest so.
+    PastCaches,
+    /// All, through the caches. Intel's cores do without the second-level cache otherwise, which has more lines under way than the nearest one:
+    /// 11 GB/s in place of 17 (docs/LOG.md).
+    ThroughCaches,
 }
 
 /// Panels side by side.
@@ -28,9 +39,7 @@ pub struct Strips {
 pub struct Strip {
     pub first: usize,
     pub wide: usize,
-    /// Whether its lines are asked for ahead of their use.
-    pub from_memory: bool,
-    through_caches: bool,
+    ahead: Ahead,
 }
 
 /// Some panels of a strip, from one of them on.
@@ -42,45 +51,53 @@ pub struct Part {
 
 /// How far ahead of what is used weights are asked for, in bytes.
 const AHEAD: usize = 2048;
+/// Bytes that a cache fetches together.
+const LINE: usize = 64;
 
-/// Whether what is asked for and used once goes through all caches. Past them (`prefetchnta`) it displaces nothing,
-/// and AMD's cores are fastest so; Intel's then do without the second-level cache, which has more lines under way than the nearest one:
-/// 11 GB/s in place of 17 (docs/LOG.md).
-static THROUGH_CACHES: LazyLock<bool> = LazyLock::new(|| {
+/// How lines are asked for that come from memory.
+static FROM_MEMORY: LazyLock<Ahead> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     {
         let vendor = std::arch::x86_64::__cpuid(0);
-        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+        if [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel" {
+            return Ahead::ThroughCaches;
+        }
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    Ahead::PastCaches
 });
+
+impl Strip {
+    /// Likewise, once its lines are in the caches.
+    pub fn at_hand(self) -> Self {
+        Self { ahead: Ahead::Nothing, ..self }
+    }
+}
 
 impl Part {
     /// For further rows, which find its lines in the caches.
     pub fn at_hand(self) -> Self {
-        Self { strip: Strip { from_memory: false, ..self.strip }, ..self }
+        Self { strip: self.strip.at_hand(), ..self }
     }
 
-    /// Asks for what lies [`AHEAD`] of the part's first line, of `P` of `bytes` each. It helps where weights come from memory, and harms where
+    /// Asks for what lies [`AHEAD`] of the part's first line, of `P` of `bytes` each, side by side. It helps where weights come from memory, and harms where
     /// a cache has them (docs/LOG.md). One row uses a line once: it is not to displace what is kept in the caches. Several rows may go through a
     /// strip part by part, and the first asks for all.
     #[inline(always)]
     pub fn ask_ahead<const P: usize>(&self, line: *const u8, bytes: usize, one_row: bool) {
-        if !self.strip.from_memory {
+        if self.strip.ahead == Ahead::Nothing {
             return;
         }
         // SAFETY: a hint, which does nothing where there is no such memory.
         #[cfg(target_arch = "x86_64")]
         unsafe {
             use std::arch::x86_64::{_MM_HINT_NTA, _MM_HINT_T0, _mm_prefetch};
-            let ahead = |panel: usize| line.wrapping_add(panel * bytes + AHEAD).cast::<i8>();
-            if one_row && self.strip.through_caches {
-                (0..P).for_each(|panel| _mm_prefetch::<_MM_HINT_T0>(ahead(panel)));
+            let ahead = |at: usize| line.wrapping_add(at + AHEAD).cast::<i8>();
+            if one_row && self.strip.ahead == Ahead::ThroughCaches {
+                (0..P * bytes).step_by(LINE).for_each(|at| _mm_prefetch::<_MM_HINT_T0>(ahead(at)));
             } else if one_row {
-                (0..P).for_each(|panel| _mm_prefetch::<_MM_HINT_NTA>(ahead(panel)));
+                (0..P * bytes).step_by(LINE).for_each(|at| _mm_prefetch::<_MM_HINT_NTA>(ahead(at)));
             } else if self.from == 0 {
-                (0..self.strip.wide).for_each(|panel| _mm_prefetch::<_MM_HINT_T0>(ahead(panel)));
+                (0..self.strip.wide * bytes).step_by(LINE).for_each(|at| _mm_prefetch::<_MM_HINT_T0>(ahead(at)));
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -100,12 +117,12 @@ impl Strips {
         let longest = |wide: &usize| panels.div_ceil(*wide).div_ceil(threads) * wide;
         // Of five, three rows of registers would be left over.
         let wide = (WIDE_MIN..=WIDE_MAX).rev().filter(|wide| *wide != 5).min_by_key(longest).unwrap_or(WIDE_MAX);
-        Self { panels, wide, from_memory: false, through_caches: *THROUGH_CACHES }
+        Self { panels, wide, ahead: Ahead::Nothing }
     }
 
     /// Has lines asked for ahead of their use: no cache keeps them from one product to the next.
     pub fn read_from_memory(&mut self) {
-        self.from_memory = true;
+        self.ahead = *FROM_MEMORY;
     }
 
     /// A thread's part of them.
@@ -113,12 +130,7 @@ impl Strips {
         let strips = self.panels.div_ceil(self.wide);
         (strips * thread / threads..strips * (thread + 1) / threads).map(move |strip| {
             let first = strip * self.wide;
-            Strip {
-                first,
-                wide: self.wide.min(self.panels - first),
-                from_memory: self.from_memory,
-                through_caches: self.through_caches,
-            }
+            Strip { first, wide: self.wide.min(self.panels - first), ahead: self.ahead }
         })
     }
 
