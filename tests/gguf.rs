@@ -8,6 +8,7 @@ use lacuna::checkpoint::gguf::blocks::Block;
 use lacuna::checkpoint::gguf::import;
 use lacuna::checkpoint::gguf::reader::Gguf;
 use lacuna::checkpoint::{Checkpoint, CheckpointError};
+use lacuna::model::quantized::Scheme;
 use lacuna::tensor::{Dtype, Kind, Placement, Tensor};
 use proptest::prelude::*;
 use serde_json::Value;
@@ -76,6 +77,32 @@ fn logits_are_those_of_transformers_within_1e5() {
         };
         assert_eq!(hidden(&imported), hidden(&direct), "{name}");
         assert!(self::error(&logits(&imported, &reference("input_ids")), &ours) <= 1e-6, "{name}");
+    }
+}
+
+/// Floats of 16 bits that stay so, as those of models do that no cache keeps, and codes that are made of blocks: the same numbers.
+#[test]
+fn what_is_stored_in_fewer_bytes_is_the_same_network() {
+    for name in NETWORKS {
+        let input = tensors(&format!("{name}.safetensors"))("input_ids");
+        let hidden = |checkpoint: &Checkpoint, scheme: Option<Scheme>| {
+            let model = checkpoint.load_as(scheme, Placement::CPU_F32, 512, &mut |_| {}).unwrap();
+            let hidden = tch::no_grad(|| model.hidden(&input, checkpoint.config.attention).unwrap());
+            (hidden, model.weight_bytes())
+        };
+        let (direct, imported, folder) = both(name);
+        assert_eq!(hidden(&direct, Some(Scheme::INT8)), hidden(&imported, Some(Scheme::INT8)), "{name}");
+        assert!(2 * hidden(&direct, None).1 < hidden(&imported, None).1, "{name}");
+        for dtype in [Dtype::Bf16, Dtype::F16] {
+            import(&fixture(&format!("{name}.gguf")), folder.path(), dtype, &mut |_| {}).unwrap();
+            let open = |halves: bool| {
+                let checkpoint = Checkpoint::open(folder.path()).unwrap();
+                Checkpoint { files: checkpoint.files.halves(halves), ..checkpoint }
+            };
+            let (short, long) = (hidden(&open(true), None), hidden(&open(false), None));
+            assert_eq!(short.0, long.0, "{name} {dtype:?}");
+            assert!(short.1 < long.1, "{name} {dtype:?}");
+        }
     }
 }
 
@@ -379,6 +406,29 @@ fn a_failed_import_leaves_no_model() {
     let error = import(file.path(), folder.path(), Dtype::F32, &mut |_| {}).unwrap_err().to_string();
     assert!(error.contains("model.norm.weight holds NaN or infinity"), "{error}");
     assert!(Checkpoint::open(folder.path()).is_err());
+}
+
+/// Whether a matrix stays in its blocks or becomes floats.
+#[test]
+fn a_scale_that_is_no_number_is_refused() {
+    let whole = std::fs::read(fixture("llama.gguf")).unwrap();
+    let gguf = Gguf::parse(whole.clone()).unwrap();
+    let scaled = |name: &&String| gguf.tensors()[*name].block.group() == Some(32) && name.ends_with("weight");
+    let names: Vec<&String> = gguf.tensors().keys().filter(scaled).collect();
+    assert!(names.len() > 4);
+    for name in names {
+        let mut bytes = whole.clone();
+        let start = gguf.tensors()[name].range.start;
+        bytes[start..start + 2].copy_from_slice(&0x7e00u16.to_le_bytes());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let placement = Placement { dtype, ..Placement::CPU_F32 };
+            let checkpoint = Checkpoint::open(file.path()).unwrap();
+            let error = checkpoint.load(placement, 64, &mut |_| {}).map(drop).unwrap_err().to_string();
+            assert!(error.contains("holds NaN or infinity"), "{name} {dtype:?}: {error}");
+        }
+    }
 }
 
 /// Every cut of the header, and a selection behind it.

@@ -20,7 +20,7 @@ use super::quantization::{Part, Quantization, tensors};
 use crate::model::blocks::Blocks;
 use crate::model::quantized::Matrix;
 use crate::model::{Source, TensorSpec};
-use crate::tensor::{Dtype, Kind, Placement, Tensor};
+use crate::tensor::{Dtype, Kind, Placement, Tensor, shared_cache};
 
 /// How numbers are stored.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +56,9 @@ pub struct WeightFiles {
     entries: BTreeMap<String, Entry>,
     /// Which matrices are stored in fewer bits, if any.
     quantization: Option<Quantization>,
+    /// Whether floats of 16 bits stay so where the network computes in f32: they do not where a cache would keep it all in f32, as then
+    /// widening costs more than bytes.
+    halves: bool,
 }
 
 impl WeightFiles {
@@ -98,7 +101,13 @@ impl WeightFiles {
                 reason: format!("no shard holds tensor {name}, which it lists"),
             });
         }
-        Ok(Self { files, entries, quantization: None })
+        Ok(Self::of(files, entries))
+    }
+
+    fn of(files: Vec<(PathBuf, Mmap)>, entries: BTreeMap<String, Entry>) -> Self {
+        let elements = entries.values().map(|entry| entry.shape.iter().product::<i64>() as u64);
+        let halves = elements.sum::<u64>() * size_of::<f32>() as u64 > shared_cache().unwrap_or(0);
+        Self { files, entries, quantization: None, halves }
     }
 
     /// The tensors of a mapped GGUF file: name, place, and how many heads' rows are interleaved, if they are.
@@ -119,12 +128,17 @@ impl WeightFiles {
                 return Err(format!("two tensors mean {name}"));
             }
         }
-        Ok(Self { files: vec![(path.into(), map)], entries, quantization: None })
+        Ok(Self::of(vec![(path.into(), map)], entries))
     }
 
     /// The same files, whose matrices are stored as `quantization` says.
     pub fn quantized(self, quantization: Option<Quantization>) -> Self {
         Self { quantization, ..self }
+    }
+
+    /// The same files, whose floats of 16 bits stay so or not, whatever their size.
+    pub fn halves(self, halves: bool) -> Self {
+        Self { halves, ..self }
     }
 
     pub fn quantization(&self) -> Option<&Quantization> {
@@ -176,20 +190,17 @@ impl WeightFiles {
         let elements = spec.shape.iter().product::<i64>() as usize;
         match (self.quantization.as_ref().and_then(|quantization| quantization.form(&spec.name)), self.kept(spec, placement)) {
             (Some(_), _) => self.parts(spec).iter().map(stored).sum(),
-            (None, Some((_, block))) => block.held_bytes(elements),
+            (None, Some(Entry { stored: Stored::Blocks(block), .. })) => block.held_bytes(elements),
+            (None, Some(_)) => elements * size_of::<u16>(),
             (None, None) => elements * placement.dtype.size(),
         }
     }
 
-    /// How a matrix is stored that stays in the blocks that it is stored in: where nothing is lost by it, and a kernel reads them.
-    fn kept(&self, spec: &TensorSpec, placement: Placement) -> Option<(&Entry, Block)> {
-        match self.entries.get(&spec.name) {
-            Some(entry) if placement == Placement::CPU_F32 && spec.shape.len() == 2 => match entry.stored {
-                Stored::Blocks(block) => Some((entry, block)),
-                Stored::Plain(_) => None,
-            },
-            _ => None,
-        }
+    /// A matrix that stays as it is stored, because nothing is lost by it and a kernel reads it.
+    fn kept(&self, spec: &TensorSpec, placement: Placement) -> Option<&Entry> {
+        let entry = self.entries.get(&spec.name).filter(|_| placement == Placement::CPU_F32 && spec.shape.len() == 2)?;
+        let halves = || matches!(entry.stored, Stored::Plain(StoredType::BF16 | StoredType::F16)) && self.halves;
+        (matches!(entry.stored, Stored::Blocks(_)) || halves()).then_some(entry)
     }
 
     /// Types in which tensors are stored, in our names where they have one.
@@ -234,39 +245,42 @@ impl WeightFiles {
 
     /// Loads with conversion; refuses a tensor that holds NaN or infinity.
     pub fn load(&self, name: &str, placement: Placement) -> Result<Tensor, CheckpointError> {
-        let finite = |tensor: &Tensor| Ok::<_, CheckpointError>(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
         let stored = self.stored(name)?;
-        if !finite(&stored)? {
-            return Err(CheckpointError::Problems(vec![format!("tensor {name} holds NaN or infinity")]));
+        if !is_finite(&stored)? {
+            return Err(not_finite(name));
         }
         let loaded = stored.f_to_device(placement.device)?.f_to_kind(placement.dtype.kind())?;
-        if loaded.kind() != stored.kind() && !finite(&loaded)? {
+        if loaded.kind() != stored.kind() && !is_finite(&loaded)? {
             let dtype = placement.dtype.name();
             return Err(CheckpointError::Problems(vec![format!("tensor {name} does not fit {dtype}: use bf16 or f32")]));
         }
         Ok(loaded)
     }
 
-    /// A matrix in the blocks that it is stored in, where it is to stay there; refused with a scale that is NaN or infinite.
-    fn blocks(&self, spec: &TensorSpec, placement: Placement) -> Result<Option<Blocks>, CheckpointError> {
-        let Some((entry, block)) = self.kept(spec, placement) else { return Ok(None) };
+    /// A matrix that stays as it is stored, if it is to; refused if it holds NaN or infinity.
+    fn compact(&self, spec: &TensorSpec, placement: Placement) -> Result<Option<Matrix>, CheckpointError> {
+        let Some(entry) = self.kept(spec, placement) else { return Ok(None) };
+        let Stored::Blocks(block) = entry.stored else {
+            let stored = self.stored(&spec.name)?;
+            return if is_finite(&stored)? { Ok(Some(Matrix::Halves(stored))) } else { Err(not_finite(&spec.name)) };
+        };
         let Groups { codes, scales, minima } = block.groups(&self.files[entry.file].1[entry.range.clone()]);
         if !scales.iter().chain(&minima).all(|number| number.is_finite()) {
-            return Err(CheckpointError::Problems(vec![format!("tensor {} holds NaN or infinity", spec.name)]));
+            return Err(not_finite(&spec.name));
         }
         let rows = |tensor: Tensor| tensor.f_view([entry.shape[0], -1]).and_then(|tensor| entry.ordered(tensor));
-        Ok(Some(Blocks {
+        Ok(Some(Matrix::Blocks(Blocks {
             codes: rows(Tensor::f_from_slice(&codes)?)?,
             scales: rows(Tensor::f_from_slice(&scales)?)?,
             minima: rows(Tensor::f_from_slice(&minima)?)?,
-        }))
+        })))
     }
 
     /// A matrix as it is stored: in codes and scales, which are checked, or loaded as a tensor is.
     pub fn matrix(&self, spec: &TensorSpec, placement: Placement) -> Result<Matrix, CheckpointError> {
         let Some(form) = self.quantization.as_ref().and_then(|quantization| quantization.form(&spec.name)) else {
-            return match self.blocks(spec, placement)? {
-                Some(blocks) => Ok(Matrix::Blocks(blocks)),
+            return match self.compact(spec, placement)? {
+                Some(matrix) => Ok(matrix),
                 None => self.load(&spec.name, placement).map(Matrix::Plain),
             };
         };
@@ -276,6 +290,14 @@ impl WeightFiles {
         matrix.scales = matrix.scales.f_to_device(placement.device)?;
         Ok(Matrix::Quantized(matrix))
     }
+}
+
+fn is_finite(tensor: &Tensor) -> Result<bool, TchError> {
+    Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
+}
+
+fn not_finite(name: &str) -> CheckpointError {
+    CheckpointError::Problems(vec![format!("tensor {name} holds NaN or infinity")])
 }
 
 /// A checkpoint as the source of a network's tensors.
@@ -304,8 +326,8 @@ impl Source for WeightSource<'_> {
     fn head(&mut self, spec: &TensorSpec, embedding: Option<&Tensor>) -> Result<Option<Matrix>, CheckpointError> {
         match embedding {
             None => self.matrix(spec).map(Some),
-            // A head reads all of it for every row, an embedding looks some rows up: blocks are for the one, floats for the other.
-            Some(_) => Ok(self.files.blocks(spec, self.placement)?.map(Matrix::Blocks)),
+            // A head reads all of it for every row, an embedding looks some rows up: fewer bytes are for the one, floats for the other.
+            Some(_) => self.files.compact(spec, self.placement),
         }
     }
 }

@@ -273,8 +273,16 @@ mod tests {
     /// The sum by headers alone is what the loaded network then holds, but for scales and padding.
     #[test]
     fn what_is_said_to_be_needed_is_what_is_held() {
-        let checkpoint = open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano")).unwrap();
-        for scheme in [None, Some(Scheme::INT8), Some(Scheme::INT8_WEIGHT_ONLY), Some(Scheme::INT4), Some(Scheme::FP8)] {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let nano = || open(&root.join("models/nano")).unwrap();
+        let schemes = [None, Some(Scheme::INT8), Some(Scheme::INT8_WEIGHT_ONLY), Some(Scheme::INT4), Some(Scheme::FP8)];
+        let mut cases: Vec<(Checkpoint, _)> = schemes.map(|scheme| (nano(), scheme)).into();
+        // Weights that stay in 16 bits, and such as stay in blocks.
+        let mut halves = nano();
+        halves.files = halves.files.halves(true);
+        cases.push((halves, None));
+        cases.push((open(&root.join("tests/fixtures/gguf/llama.gguf")).unwrap(), None));
+        for (checkpoint, scheme) in cases {
             let run = RunOptions {
                 drafters: None,
                 device: "cpu".into(),
@@ -287,7 +295,9 @@ mod tests {
             let placement = run.placement(&checkpoint).unwrap();
             let said = run.need(&checkpoint, placement).weights as f64;
             let held = checkpoint.load_as(scheme, placement, 64, &mut |_| {}).unwrap().weight_bytes() as f64;
-            assert!((0.85..1.02).contains(&(said / held)), "{scheme:?}: {said} and {held}");
+            // What is joined of several forms takes as much as the longest of them.
+            let least = if checkpoint.name() == "llama" { 0.75 } else { 0.85 };
+            assert!((least..1.02).contains(&(said / held)), "{} {scheme:?}: {said} and {held}", checkpoint.name());
         }
     }
 }

@@ -93,16 +93,26 @@ impl Transformer {
 
 #[cfg(test)]
 mod tests {
+    use super::super::blocks::Blocks;
     use super::super::forward::Way;
     use super::super::quantized::{Activations, Codes, Matrix, Quantized, Scheme};
     use super::super::{Layout, RandomWeights, Segment, Source, TensorSpec};
     use super::*;
     use crate::checkpoint::config::ModelConfig;
     use crate::model::cache::KvCache;
-    use crate::tensor::{Dtype, Placement};
+    use crate::tensor::{Dtype, Kind, Placement};
+
+    /// How matrices come.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Form {
+        Plain,
+        Halves,
+        Blocks,
+        Quantized(Scheme),
+    }
 
     /// Random weights, rounded.
-    struct Rounded(RandomWeights, Option<Scheme>);
+    struct Rounded(RandomWeights, Form);
 
     impl Source for Rounded {
         type Error = ModelError;
@@ -115,9 +125,16 @@ mod tests {
 
         fn matrix(&mut self, spec: &TensorSpec) -> Result<Matrix, ModelError> {
             let weight = self.tensor(spec)?;
+            let floats = weight.to_kind(Kind::Float);
             Ok(match self.1 {
-                Some(scheme) => Matrix::Quantized(Quantized::of(&weight.to_kind(crate::tensor::Kind::Float), scheme)?),
-                None => Matrix::Plain(weight),
+                Form::Plain => Matrix::Plain(weight),
+                Form::Halves => Matrix::Halves(weight.to_kind(Kind::BFloat16)),
+                Form::Blocks => Matrix::Blocks(Blocks {
+                    codes: (floats * 100.0 + 8.0).clamp(0.0, 15.0).to_kind(Kind::Uint8),
+                    scales: Tensor::full([spec.shape[0], spec.shape[1] / 32], 0.01, (Kind::Float, Device::Cpu)),
+                    minima: Tensor::full([spec.shape[0], spec.shape[1] / 32], -0.08, (Kind::Float, Device::Cpu)),
+                }),
+                Form::Quantized(scheme) => Matrix::Quantized(Quantized::of(&floats, scheme)?),
             })
         }
     }
@@ -134,9 +151,9 @@ mod tests {
         assert!(config.qkv_bias);
         for dtype in [Dtype::F32, Dtype::Bf16] {
             let placement = Placement { device: Device::Cpu, dtype };
-            for scheme in std::iter::once(None).chain(Scheme::NAMED.iter().map(|(_, scheme)| Some(*scheme))) {
-                let model =
-                    Transformer::new(&config, placement, 64, &mut Rounded(RandomWeights { placement }, scheme)).unwrap();
+            let schemes = Scheme::NAMED.iter().map(|(_, scheme)| Form::Quantized(*scheme));
+            for form in [Form::Plain, Form::Halves, Form::Blocks].into_iter().chain(schemes) {
+                let model = Transformer::new(&config, placement, 64, &mut Rounded(RandomWeights { placement }, form)).unwrap();
                 let forward = |way: Way, lengths: &[usize]| {
                     let caches: Vec<KvCache> = lengths.iter().map(|_| KvCache::new(&config, placement, 40).unwrap()).collect();
                     let texts: Vec<Vec<u32>> = lengths.iter().map(|length| (0..*length as u32).collect()).collect();
@@ -148,18 +165,19 @@ mod tests {
                 for (threads, lengths) in [(2, &[1][..]), (1, &[5, 1]), (2, &[1, 1, 1, 1, 1, 3]), (3, &[33, 1, 20]), (2, &[17])]
                 {
                     crate::tensor::set_threads(threads);
-                    let case = format!("{dtype:?}, {scheme:?}: {lengths:?} by {threads}");
+                    let case = format!("{dtype:?}, {form:?}: {lengths:?} by {threads}");
                     assert!(forward(Way::AtOnce, lengths).equal(&forward(Way::Kernels, lengths)), "{case}");
                 }
                 // Floats of eight bits are rounded by libtorch where rows are, too; everything else has a list.
-                let tensors = scheme.is_some_and(|s| s.codes == Codes::E4m3 && s.activations != Activations::Kept);
+                let tensors =
+                    matches!(form, Form::Quantized(s) if s.codes == Codes::E4m3 && s.activations != Activations::Kept);
                 let cache = KvCache::new(&config, placement, 8).unwrap();
                 let segment = Segment { tokens: &[1], layout: Layout::Causal, cache: Some(&cache) };
                 let mut positions = vec![];
                 let plans = [model.plan(&segment, 0, true, &mut positions).unwrap()];
                 let list =
                     |plans: &[Plan]| tch::no_grad(|| model.at_once(&Tensor::from_slice(&[1i64]), &positions, plans)).unwrap();
-                assert_eq!(list(&plans).is_none(), tensors, "{dtype:?}, {scheme:?}");
+                assert_eq!(list(&plans).is_none(), tensors, "{dtype:?}, {form:?}");
                 assert!(list(&[]).is_none(), "a row that no segment has");
             }
         }

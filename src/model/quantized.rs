@@ -327,16 +327,18 @@ pub fn rounded(x: &Tensor, scheme: Scheme) -> Result<Tensor, ModelError> {
 pub enum Matrix {
     /// `[outputs, inputs]`.
     Plain(Tensor),
-    /// The same in fewer bytes.
+    /// Likewise, in floats of 16 bits for a network that computes in f32: the same numbers in fewer bytes.
+    Halves(Tensor),
     Blocks(Blocks),
     Quantized(Quantized),
 }
 
 impl Matrix {
-    /// Its weights, `[outputs, inputs]`: of whichever type they are, or f32 where they are in codes.
+    /// Its weights, `[outputs, inputs]`: f32 unless they are plain and of another type.
     pub fn floats(&self) -> Result<Tensor, ModelError> {
         match self {
             Matrix::Plain(weight) => Ok(weight.shallow_clone()),
+            Matrix::Halves(weight) => Ok(weight.f_to_kind(Kind::Float)?),
             Matrix::Blocks(weight) => weight.floats(),
             Matrix::Quantized(weight) => weight.dequantized(Kind::Float),
         }
@@ -351,6 +353,12 @@ impl Matrix {
             let blocks =
                 parts.into_iter().filter_map(|part| if let Matrix::Blocks(blocks) = part { Some(blocks) } else { None });
             return Ok(Matrix::Blocks(Blocks::join(&blocks.collect::<Vec<_>>())?));
+        }
+        let halves = |part: &Matrix| if let Matrix::Halves(weight) = part { Some(weight.shallow_clone()) } else { None };
+        if let Some(halves) = parts.iter().map(halves).collect::<Option<Vec<_>>>()
+            && halves.iter().all(|half| half.kind() == halves[0].kind())
+        {
+            return Ok(Matrix::Halves(Tensor::f_cat(&halves, 0)?));
         }
         let floats = |part: &Matrix| -> Result<Tensor, ModelError> { Ok(part.floats()?.f_to_kind(kind)?) };
         let scheme = |part: &Matrix| if let Matrix::Quantized(weight) = part { Some(weight.scheme) } else { None };

@@ -12,7 +12,6 @@ use std::sync::{Mutex, PoisonError};
 use tracing::warn;
 
 use super::ModelError;
-use super::blocks::Blocks;
 use super::quantized::{Matrix, Quantized, Scheme};
 use crate::tensor::kernels::compact::Compact;
 use crate::tensor::kernels::packed::Packed;
@@ -65,7 +64,7 @@ impl Linear {
     pub fn new(weight: Matrix, bias: Option<Tensor>, placement: Placement) -> Result<Self, ModelError> {
         let (scheme, weight) = match weight {
             Matrix::Plain(weight) => (None, plain(weight)?),
-            Matrix::Blocks(weight) => (None, blocks(&weight, placement)?),
+            Matrix::Halves(_) | Matrix::Blocks(_) => (None, compact(&weight, placement)?),
             Matrix::Quantized(weight) => quantized(weight, placement)?,
         };
         Ok(Self { weight, bias, scheme })
@@ -128,13 +127,17 @@ fn plain(weight: Tensor) -> Result<Box<dyn Product>, ModelError> {
 }
 
 /// As they are where a kernel reads them; else the floats that they mean.
-fn blocks(weight: &Blocks, placement: Placement) -> Result<Box<dyn Product>, ModelError> {
-    if placement == Placement::CPU_F32
-        && let Some(compact) = Compact::of(&weight.codes, &weight.scales, &weight.minima)?
-    {
-        return Ok(Box::new(compact));
+fn compact(weight: &Matrix, placement: Placement) -> Result<Box<dyn Product>, ModelError> {
+    let compact = match weight {
+        _ if placement != Placement::CPU_F32 => None,
+        Matrix::Halves(weight) => Compact::of_halves(weight)?,
+        Matrix::Blocks(weight) => Compact::of(&weight.codes, &weight.scales, &weight.minima)?,
+        Matrix::Plain(_) | Matrix::Quantized(_) => None,
+    };
+    match compact {
+        Some(compact) => Ok(Box::new(compact)),
+        None => plain(weight.floats()?.f_to_device(placement.device)?.f_to_kind(placement.dtype.kind())?),
     }
-    plain(weight.floats()?.f_to_device(placement.device)?.f_to_kind(placement.dtype.kind())?)
 }
 
 /// The first form that does it right, and the scheme that it holds weights in; else floats.

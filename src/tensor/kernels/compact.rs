@@ -1,7 +1,7 @@
-//! Products in f32 with weights that a file has in fewer bytes: ggml's blocks, whose codes share a scale and a minimum. They are widened
-//! where they are used, to the very numbers that they mean, so that results are those of [`super::packed`] to the bit.
+//! Products in f32 with weights that a file has in fewer bytes: floats of 16 bits, and ggml's blocks, whose codes share a scale and a minimum.
+//! They are widened where they are used, to the very numbers that they mean, so that results are those of [`super::packed`] to the bit.
 //!
-//! Weights lie as there, sixteen outputs side by side, two inputs after two; before each group of inputs lies what it shares. A few rows meet
+//! Weights lie as there, sixteen outputs side by side, two inputs after two; before each group of codes lies what it shares. A few rows meet
 //! weights as these are widened, in registers. For more rows a block of them is widened once, to where [`super::packed`] takes it from.
 
 use std::marker::PhantomData;
@@ -15,12 +15,14 @@ use super::product::Single;
 use super::strips::{Part, Strip, Strips};
 use super::turns::{Rows, Turns};
 use super::{Kernel, in_use, launch, plain};
-use crate::tensor::{Kind, Tensor};
+use crate::tensor::{Device, Kind, Tensor};
 
 /// Outputs side by side.
 const PANEL: usize = LANES;
 /// Most rows that meet weights in registers.
 const FEW: usize = 4;
+/// Rows that are worth widening weights for, however long they are.
+const MANY: usize = 64;
 /// Inputs of a group, one of which divides the other and [`BLOCK`].
 const GROUPS: [usize; 2] = [32, 16];
 
@@ -37,13 +39,17 @@ pub struct Compact {
 
 /// How a group lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Form {
-    /// Whether two codes share a byte.
-    halves: bool,
-    /// Whether scales and minima are f16, not f32.
-    brief: bool,
-    /// Inputs.
-    group: usize,
+enum Form {
+    Bf16,
+    F16,
+    Codes {
+        /// Whether two of them share a byte.
+        halves: bool,
+        /// Whether scales and minima are f16, not f32.
+        brief: bool,
+        /// Inputs.
+        group: usize,
+    },
 }
 
 impl Compact {
@@ -57,7 +63,7 @@ impl Compact {
         let Some(group) = GROUPS.into_iter().find(|group| whole && inputs / groups == *group as i64) else { return Ok(None) };
         let types =
             codes.kind() == Kind::Uint8 && plain(scales) && scales.kind() == Kind::Float && minima.kind() == Kind::Float;
-        if !in_use() || !types || codes.device() != tch::Device::Cpu || outputs == 0 {
+        if !in_use() || !types || codes.device() != Device::Cpu || outputs == 0 {
             return Ok(None);
         }
         let halves = codes.f_max()?.f_int64_value(&[])? < 16 && group == GROUPS[0];
@@ -75,10 +81,33 @@ impl Compact {
         let codes = codes.f_permute([0, 2, 3, 4, 1])?;
         let codes = if halves { codes.f_select(3, 0)?.f_add(&codes.f_select(3, 1)?.f_mul_scalar(16)?)? } else { codes };
         let records = Tensor::f_cat(&[shared, codes.f_reshape([panels, groups, -1])?], 2)?;
-        let strips = Strips::of(panels as usize);
-        let data = strips.interleave(&records)?;
-        let form = Form { halves, brief: exact, group };
-        Ok(Some(Self { form, data, strips, inputs: inputs as usize, outputs: outputs as usize }))
+        Ok(Some(Self::new(Form::Codes { halves, brief: exact, group }, &records, inputs, outputs)?))
+    }
+
+    /// Of floats of 16 bits, `weight: [outputs, inputs]`; `None` where there is no kernel for them.
+    pub fn of_halves(weight: &Tensor) -> Result<Option<Self>, TchError> {
+        let form = match weight.kind() {
+            Kind::BFloat16 => Form::Bf16,
+            Kind::Half => Form::F16,
+            _ => return Ok(None),
+        };
+        let (&[outputs, inputs], Device::Cpu) = (weight.size().as_slice(), weight.device()) else { return Ok(None) };
+        let (panel, group) = (PANEL as i64, GROUPS[0] as i64);
+        if !in_use() || outputs == 0 || inputs == 0 || inputs % group != 0 || weight.requires_grad() {
+            return Ok(None);
+        }
+        let (panels, groups) = ((outputs + panel - 1) / panel, inputs / group);
+        let full = weight.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
+        let records = full.f_view([panels, panel, groups, group])?.f_permute([0, 2, 3, 1])?.f_contiguous()?;
+        let records = records.f_view([panels, groups, group * panel])?.f_view_dtype(Kind::Uint8)?;
+        Ok(Some(Self::new(form, &records, inputs, outputs)?))
+    }
+
+    /// `records: [panels, groups, bytes]`.
+    fn new(form: Form, records: &Tensor, inputs: i64, outputs: i64) -> Result<Self, TchError> {
+        let strips = Strips::of(records.size()[0] as usize);
+        let data = strips.interleave(records)?;
+        Ok(Self { form, data, strips, inputs: inputs as usize, outputs: outputs as usize })
     }
 
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
@@ -100,7 +129,7 @@ impl Compact {
         if !plain(&x) || x.kind() != Kind::Float {
             return Ok(None);
         }
-        let out = Tensor::f_empty(&shape, (Kind::Float, tch::Device::Cpu))?;
+        let out = Tensor::f_empty(&shape, (Kind::Float, Device::Cpu))?;
         let rows = x.numel() / self.inputs;
         let product = self.kernel(x.data_ptr().cast(), out.data_ptr().cast(), rows);
         // SAFETY: the tensors are contiguous, of the sizes and types that the product says, and outlive the call.
@@ -157,39 +186,31 @@ trait Record<V> {
     /// Of all that, and of the same for each two inputs.
     const BYTES: usize = Self::SHARED + Self::PAIRS * Self::LINE;
     const STEP: usize = Self::BYTES / Self::PAIRS;
+    type Shared: Copy;
     /// Scales and minima.
-    unsafe fn shared(record: *const u8) -> (V, V);
-    /// Two inputs' codes as floats.
-    unsafe fn codes(line: *const u8) -> (V, V);
-
+    unsafe fn shared(record: *const u8) -> Self::Shared;
     /// Two inputs' weights.
-    #[inline(always)]
-    unsafe fn weights(line: *const u8, (scale, minimum): (V, V)) -> (V, V)
-    where
-        V: Lanes,
-    {
-        unsafe {
-            let (first, second) = Self::codes(line);
-            (first.multiply_add(scale, minimum), second.multiply_add(scale, minimum))
-        }
-    }
+    unsafe fn weights(line: *const u8, shared: Self::Shared) -> (V, V);
 }
 
+/// Floats of type `T`.
+struct Floats<T>(PhantomData<T>);
 /// `C` codes under scales of type `S`, of so many pairs.
 struct Group<C, S, const PAIRS: usize>(PhantomData<(C, S)>);
 struct Nibbles;
 struct Bytes;
+/// f16, f32 and bf16.
 struct Brief;
 struct Full;
+struct Upper;
 
-/// Parts of a record.
+/// Parts of a record: the codes of two inputs, and sixteen floats.
 trait Codes<V> {
     const BYTES: usize;
     unsafe fn pair(from: *const u8) -> (V, V);
 }
 
-trait Shared<V> {
-    /// Of one vector.
+trait Vector<V> {
     const BYTES: usize;
     unsafe fn load(from: *const u8) -> V;
 }
@@ -212,7 +233,7 @@ impl<V: Lanes> Codes<V> for Bytes {
     }
 }
 
-impl<V: Lanes> Shared<V> for Brief {
+impl<V: Lanes> Vector<V> for Brief {
     const BYTES: usize = 2 * LANES;
 
     #[inline(always)]
@@ -221,7 +242,16 @@ impl<V: Lanes> Shared<V> for Brief {
     }
 }
 
-impl<V: Lanes> Shared<V> for Full {
+impl<V: Lanes> Vector<V> for Upper {
+    const BYTES: usize = 2 * LANES;
+
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> V {
+        unsafe { V::load_bf16(from.cast()) }
+    }
+}
+
+impl<V: Lanes> Vector<V> for Full {
     const BYTES: usize = 4 * LANES;
 
     #[inline(always)]
@@ -230,10 +260,12 @@ impl<V: Lanes> Shared<V> for Full {
     }
 }
 
-impl<V: Lanes, C: Codes<V>, S: Shared<V>, const PAIRS: usize> Record<V> for Group<C, S, PAIRS> {
+impl<V: Lanes, C: Codes<V>, S: Vector<V>, const PAIRS: usize> Record<V> for Group<C, S, PAIRS> {
     const PAIRS: usize = PAIRS;
     const SHARED: usize = 2 * S::BYTES;
     const LINE: usize = C::BYTES;
+
+    type Shared = (V, V);
 
     #[inline(always)]
     unsafe fn shared(record: *const u8) -> (V, V) {
@@ -241,8 +273,26 @@ impl<V: Lanes, C: Codes<V>, S: Shared<V>, const PAIRS: usize> Record<V> for Grou
     }
 
     #[inline(always)]
-    unsafe fn codes(line: *const u8) -> (V, V) {
-        unsafe { C::pair(line) }
+    unsafe fn weights(line: *const u8, (scale, minimum): (V, V)) -> (V, V) {
+        unsafe {
+            let (first, second) = C::pair(line);
+            (first.multiply_add(scale, minimum), second.multiply_add(scale, minimum))
+        }
+    }
+}
+
+impl<V: Lanes, T: Vector<V>> Record<V> for Floats<T> {
+    const PAIRS: usize = GROUPS[0] / 2;
+    const SHARED: usize = 0;
+    const LINE: usize = 2 * T::BYTES;
+    type Shared = ();
+
+    #[inline(always)]
+    unsafe fn shared(_: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn weights(line: *const u8, (): ()) -> (V, V) {
+        unsafe { (T::load(line), T::load(line.add(T::BYTES))) }
     }
 }
 
@@ -251,11 +301,13 @@ impl Kernel for Product {
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         unsafe {
             match self.form {
-                Form { halves: true, brief: true, .. } => self.run::<V, Group<Nibbles, Brief, 16>>(thread, threads),
-                Form { halves: true, .. } => self.run::<V, Group<Nibbles, Full, 16>>(thread, threads),
-                Form { brief: true, .. } => self.run::<V, Group<Bytes, Brief, 16>>(thread, threads),
-                Form { group: 32, .. } => self.run::<V, Group<Bytes, Full, 16>>(thread, threads),
-                _ => self.run::<V, Group<Bytes, Full, 8>>(thread, threads),
+                Form::Bf16 => self.run::<V, Floats<Upper>>(thread, threads),
+                Form::F16 => self.run::<V, Floats<Brief>>(thread, threads),
+                Form::Codes { halves: true, brief: true, .. } => self.run::<V, Group<Nibbles, Brief, 16>>(thread, threads),
+                Form::Codes { halves: true, .. } => self.run::<V, Group<Nibbles, Full, 16>>(thread, threads),
+                Form::Codes { brief: true, .. } => self.run::<V, Group<Bytes, Brief, 16>>(thread, threads),
+                Form::Codes { group: 32, .. } => self.run::<V, Group<Bytes, Full, 16>>(thread, threads),
+                Form::Codes { .. } => self.run::<V, Group<Bytes, Full, 8>>(thread, threads),
             }
         }
     }
@@ -266,7 +318,7 @@ impl Product {
     #[inline(always)]
     unsafe fn run<V: Lanes, R: Record<V>>(&self, thread: usize, threads: usize) {
         let packed::Product { rows, inputs, strips, .. } = self.dense;
-        let tiles = (rows * inputs * size_of::<f32>()).div_ceil(TILE).clamp(1, rows.max(1));
+        let tiles = (rows * inputs * size_of::<f32>()).div_ceil(TILE).min(rows.div_ceil(MANY)).clamp(1, rows.max(1));
         let (mut lines, mut open) = (vec![], vec![]);
         for tile in 0..tiles {
             let rows = rows * tile / tiles..rows * (tile + 1) / tiles;
@@ -393,7 +445,6 @@ mod tests {
     use super::super::packed::Packed;
     use super::super::tests::alike;
     use super::*;
-    use tch::Device;
 
     /// Largest code, inputs of a group, and whether scales fit f16.
     const FORMS: [(i64, i64, bool); 6] =
@@ -426,20 +477,34 @@ mod tests {
         Tensor::randn(shape, (Kind::Float, Device::Cpu))
     }
 
+    /// All forms of a weight, with the floats that they are.
+    fn all(outputs: i64, inputs: i64) -> Vec<(Compact, Tensor)> {
+        let mut all = vec![];
+        for form in FORMS {
+            let (parts, floats) = weight(outputs, inputs, form);
+            let weight = compact(&parts);
+            assert_eq!(weight.form, Form::Codes { halves: form.0 < 16, brief: form.2, group: form.1 as usize });
+            all.push((weight, floats));
+        }
+        for kind in [Kind::BFloat16, Kind::Half] {
+            let floats = random(&[outputs, inputs]).to_kind(kind);
+            all.push((Compact::of_halves(&floats).unwrap().unwrap(), floats.to_kind(Kind::Float)));
+        }
+        all
+    }
+
     /// Strips of six, four, three and a rest; short inputs and several blocks of them; rows that meet weights in registers and others.
     #[test]
     fn products_are_those_of_floats_to_the_bit() {
-        for form in FORMS {
-            for (outputs, inputs) in [(10, 32), (131, 576), (944, 256), (35, 1536), (96, 352), (64, 608)] {
-                for threads in [1, 2] {
-                    crate::tensor::set_threads(threads);
-                    let (parts, floats) = weight(outputs, inputs, form);
-                    let (compact, packed) = (compact(&parts), Packed::of(&floats).unwrap().unwrap());
-                    assert_eq!((compact.form.halves, compact.form.brief), (form.0 < 16, form.2), "{form:?}");
+        for (outputs, inputs) in [(10, 32), (131, 576), (944, 256), (35, 1536), (96, 352), (64, 608)] {
+            for threads in [1, 2] {
+                crate::tensor::set_threads(threads);
+                for (compact, floats) in all(outputs, inputs) {
+                    let packed = Packed::of(&floats).unwrap().unwrap();
                     for rows in [0, 1, 2, 3, 4, 5, 8, 33, 300] {
                         let x = random(&[rows, inputs]);
                         let (ours, right) = (compact.product(&x).unwrap().unwrap(), packed.product(&x).unwrap().unwrap());
-                        assert!(ours.equal(&right), "{form:?}: {rows} x {inputs} x {outputs}");
+                        assert!(ours.equal(&right), "{:?}: {rows} x {inputs} x {outputs}", compact.form);
                     }
                 }
             }
@@ -448,12 +513,14 @@ mod tests {
 
     #[test]
     fn a_row_does_not_depend_on_those_beside_it() {
-        for form in FORMS {
-            for (inputs, outputs) in [(224, 301), (1536, 48), (608, 130)] {
-                let (parts, _) = weight(outputs, inputs, form);
-                let (mut weight, x) = (compact(&parts), random(&[300, inputs]));
+        for (inputs, outputs) in [(224, 301), (1536, 48), (608, 130)] {
+            for (mut weight, _) in all(outputs, inputs) {
+                let x = random(&[300, inputs]);
                 weight.read_from_memory();
-                alike(&|first, rows| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap(), &format!("{form:?}"));
+                alike(
+                    &|first, rows| weight.product(&x.narrow(0, first, rows)).unwrap().unwrap(),
+                    &format!("{:?}", weight.form),
+                );
             }
         }
     }
@@ -461,16 +528,14 @@ mod tests {
     /// The kinds of vectors that this CPU has, in their own registers.
     #[test]
     fn every_kind_of_vector_gives_the_same() {
-        for form in FORMS {
-            let (parts, _) = weight(77, 320, form);
-            let (compact, x) = (compact(&parts), random(&[7, 320]));
+        for (compact, _) in all(77, 320) {
             for rows in [2, 7] {
-                let x = x.narrow(0, 0, rows);
+                let x = random(&[rows, 320]);
                 let right = compact.product(&x).unwrap().unwrap();
                 let out = right.zeros_like();
                 let product = compact.kernel(x.data_ptr().cast(), out.data_ptr().cast(), rows as usize);
                 unsafe { product.share::<[f32; LANES]>(0, 1) };
-                assert!(out.equal(&right), "{form:?}");
+                assert!(out.equal(&right), "{:?}", compact.form);
             }
         }
     }
@@ -483,6 +548,8 @@ mod tests {
         assert!(of(&codes, &scales.to_kind(Kind::Half), &minima).is_none(), "another type of scales");
         assert!(of(&codes, &scales.narrow(1, 0, 1), &minima.narrow(1, 0, 1)).is_none(), "groups of another size");
         assert!(of(&codes, &scales, &minima.narrow(0, 0, 1)).is_none(), "minima that are missing");
+        let halves = |inputs: i64, kind: Kind| Compact::of_halves(&random(&[8, inputs]).to_kind(kind)).unwrap();
+        assert!(halves(64, Kind::Float).is_none() && halves(40, Kind::Half).is_none(), "another type, and no whole groups");
         let weight = of(&codes, &scales, &minima).unwrap();
         assert!(weight.product(&random(&[1, 32])).unwrap().is_none(), "sizes that do not fit");
         assert!(weight.product(&random(&[1, 64]).to_kind(Kind::BFloat16)).unwrap().is_none(), "another type");
