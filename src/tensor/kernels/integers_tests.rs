@@ -60,31 +60,47 @@ fn a_row_does_not_depend_on_those_beside_it() {
     }
 }
 
-/// On all that this CPU has instructions for.
+/// On all that this CPU has instructions for, with strips of six, four, three, two and one panel, for one row and several.
 #[test]
 fn every_kind_of_sum_gives_the_same() {
-    let weights = Tensor::randint(256, [3 * 40 * 64], (Kind::Uint8, Device::Cpu));
+    crate::tensor::set_threads(1);
     let input = Tensor::randint_low(-127, 128, [5 * 320], (Kind::Int8, Device::Cpu));
-    let (scales, sums, weight_scales) = ([0.5f32; 10], [3i32; 10], [0.25f32; 96]);
-    for width in [Width::Eight, Width::Four] {
+    let (scales, sums) = ([0.5f32; 10], [3i32; 10]);
+    let mut kinds = vec!["generic"];
+    #[cfg(target_arch = "x86_64")]
+    {
+        let (middle, wide) = (std::is_x86_feature_detected!("avx2"), std::is_x86_feature_detected!("avx512bw"));
+        kinds.extend(middle.then_some("avx2").into_iter().chain(wide.then_some("avx512bw")));
+    }
+    let mut strips_seen = vec![];
+    for (panels, rows, width) in [1, 2, 3, 4, 6, 7, 8, 9]
+        .into_iter()
+        .flat_map(|panels| [(panels, 1), (panels, 5)])
+        .flat_map(|(panels, rows)| [(panels, rows, Width::Eight), (panels, rows, Width::Four)])
+    {
+        let strips = Strips::of(panels);
+        strips_seen.extend(strips.share(0, 1).map(|strip| strip.wide));
+        let outputs = 16 * panels - 7;
+        let weights = Tensor::randint(256, [(panels * 40 * 64) as i64], (Kind::Uint8, Device::Cpu));
+        let weight_scales = vec![0.25f32; 32 * panels];
         let run = |kind: &str| {
-            let out = Tensor::zeros([5, 41], (Kind::Float, Device::Cpu));
+            let out = Tensor::zeros([rows, outputs as i64], (Kind::Float, Device::Cpu));
             let product = Product {
                 width,
                 input: input.data_ptr().cast(),
                 input_scales: scales.as_ptr(),
                 input_sums: sums.as_ptr(),
                 weight: weights.data_ptr().cast(),
-                strips: Strips::of(3),
+                strips,
                 weight_scales: weight_scales.as_ptr(),
                 scaled: true,
                 out: out.data_ptr(),
                 half: false,
-                rows: 5,
+                rows: rows as usize,
                 lines: 40,
                 groups: 2,
                 group: 20,
-                outputs: 41,
+                outputs,
             };
             unsafe {
                 match kind {
@@ -98,15 +114,12 @@ fn every_kind_of_sum_gives_the_same() {
             }
             out
         };
-        let mut kinds = vec!["generic"];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let (middle, wide) = (std::is_x86_feature_detected!("avx2"), std::is_x86_feature_detected!("avx512bw"));
-            kinds.extend(middle.then_some("avx2").into_iter().chain(wide.then_some("avx512bw")));
+        for kind in &kinds {
+            assert!(run(kind).equal(&run("this CPU's")), "{width:?} {kind}: {panels} panels, {rows} rows");
         }
-        for kind in kinds {
-            assert!(run(kind).equal(&run("this CPU's")), "{width:?} {kind}");
-        }
+    }
+    for wide in [1, 2, 3, 4, 6] {
+        assert!(strips_seen.contains(&wide), "no strip of {wide}");
     }
 }
 
