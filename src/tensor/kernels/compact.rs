@@ -532,10 +532,16 @@ mod tests {
             for rows in [2, 7] {
                 let x = random(&[rows, 320]);
                 let right = compact.product(&x).unwrap().unwrap();
-                let out = right.zeros_like();
-                let product = compact.kernel(x.data_ptr().cast(), out.data_ptr().cast(), rows as usize);
-                unsafe { product.share::<[f32; LANES]>(0, 1) };
-                assert!(out.equal(&right), "{:?}", compact.form);
+                let check = |share: unsafe fn(&Product, usize, usize)| {
+                    let out = right.zeros_like();
+                    unsafe { share(&compact.kernel(x.data_ptr().cast(), out.data_ptr().cast(), rows as usize), 0, 1) };
+                    assert!(out.equal(&right), "{:?}", compact.form);
+                };
+                check(Product::share::<[f32; LANES]>);
+                #[cfg(target_arch = "x86_64")]
+                if in_use() {
+                    check(Product::share::<[std::arch::x86_64::__m256; 2]>);
+                }
             }
         }
     }

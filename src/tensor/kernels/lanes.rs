@@ -205,6 +205,12 @@ mod x86 {
         unsafe { _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b)) }
     }
 
+    #[inline(always)]
+    unsafe fn wide_u8(bytes: __m128i) -> [__m256; 2] {
+        let widen = |bytes: __m128i| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)) };
+        unsafe { [widen(bytes), widen(_mm_srli_si128::<8>(bytes))] }
+    }
+
     impl Lanes for [__m256; 2] {
         const SUMS: usize = 6;
 
@@ -228,6 +234,26 @@ mod x86 {
             let widen = |from: *const u16| unsafe {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))))
             };
+            unsafe { [widen(from), widen(from.add(8))] }
+        }
+
+        #[inline(always)]
+        unsafe fn load_u4(from: *const u8) -> (Self, Self) {
+            unsafe {
+                let (bytes, four) = (_mm_loadu_si128(from.cast()), _mm_set1_epi8(15));
+                let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), four);
+                (wide_u8(_mm_and_si128(bytes, four)), wide_u8(high))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_u8(from: *const u8) -> Self {
+            unsafe { wide_u8(_mm_loadu_si128(from.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> Self {
+            let widen = |from: *const u16| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) };
             unsafe { [widen(from), widen(from.add(8))] }
         }
 

@@ -148,7 +148,7 @@ unsafe fn wide<K: Kernel>(kernel: &K, thread: usize, threads: usize) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn middle<K: Kernel>(kernel: &K, thread: usize, threads: usize) {
     unsafe { kernel.share::<[std::arch::x86_64::__m256; 2]>(thread, threads) }
 }
@@ -201,7 +201,8 @@ static OPENMP: LazyLock<Option<OpenMp>> = LazyLock::new(|| {
 /// Whether the kernels are wanted, and this CPU multiplies and adds in one instruction; otherwise the loops above would be slow.
 static FAST: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
-    let fast = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+    let fast =
+        std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") && std::is_x86_feature_detected!("f16c");
     #[cfg(not(target_arch = "x86_64"))]
     let fast = cfg!(target_arch = "aarch64");
     fast && std::env::var_os("LACUNA_KERNELS").is_none_or(|wish| wish != "off")
