@@ -147,7 +147,8 @@ enum Head {
     /// The embedding, row by row.
     Embedding,
     Plain(Tensor),
-    Codes(Linear),
+    /// In codes, or floats of 16 bits.
+    Packed(Linear),
 }
 
 /// As [`Transformer::precision`] says it.
@@ -208,7 +209,7 @@ impl Transformer {
             None => Head::Embedding,
             // It has the few rows that are wanted, and is as well read as it lies.
             Some(Matrix::Plain(weight)) => Head::Plain(weight),
-            Some(codes) => Head::Codes(Linear::new(codes, None, placement)?),
+            Some(other) => Head::Packed(Linear::new(other, None, placement)?),
         };
         let rotary = Rotary::new(config, positions.min(config.max_positions), placement.device)?;
         let config = config.clone();
@@ -259,7 +260,7 @@ impl Transformer {
     }
 
     fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
-        let head = if let Head::Codes(head) = &mut self.head { Some(head) } else { None };
+        let head = if let Head::Packed(head) = &mut self.head { Some(head) } else { None };
         fn of(layer: &mut Layer) -> [&mut Linear; 4] {
             [&mut layer.qkv, &mut layer.output, &mut layer.gate_up, &mut layer.down]
         }
@@ -276,7 +277,7 @@ impl Transformer {
         let head = match &self.head {
             Head::Embedding => 0,
             Head::Plain(weight) => bytes(weight),
-            Head::Codes(head) => head.bytes(),
+            Head::Packed(head) => head.bytes(),
         };
         let layers: usize = self.layers.iter().map(|layer| linears(layer) + norms(layer)).sum();
         bytes(&self.embedding) + layers + bytes(&self.norm) + head
@@ -363,7 +364,7 @@ impl Transformer {
         let head = match &self.head {
             Head::Embedding => &self.embedding,
             Head::Plain(weight) => weight,
-            Head::Codes(head) => return head.forward(hidden),
+            Head::Packed(head) => return head.forward(hidden),
         };
         linear(&hidden.f_to_kind(head.f_kind()?)?, head, None)
     }
