@@ -1,14 +1,19 @@
-//! Queries of one sequence and one head over its keys: scores, their softmax, and the weighted sums of the values.
+//! Queries of one sequence over one head's keys: scores, their softmax, and the weighted sums of the values.
 //!
-//! Keys that all queries of a tile see are loaded once for several of them. Nothing else depends on the tile: scores are products
-//! ([`super::product`]), a softmax and a weighted sum belong to one query and run over its keys in order.
+//! Keys and values are loaded once for several queries, those of a tile's rows and of all heads that share keys. Nothing else depends on
+//! what is done together: scores are products ([`super::product`]), a softmax and a weighted sum belong to one query and run over its
+//! keys in order. So threads may share one head's keys, some scoring these and some those, and then its values' lanes.
+
+use std::ops::Range;
 
 use super::attention::Row;
 use super::lanes::{LANES, Lanes, Stored, dot, exp, fold};
 use super::product::Product;
 
-/// Queries whose weighted sums are in registers together.
-const TOGETHER: usize = 4;
+/// Keys that are scored at a time; those behind them are asked for meanwhile.
+const KEYS: usize = 64;
+/// So many queries or fewer are done with keys before the next ones have come from memory.
+const FEW: usize = 16;
 
 /// A thread's working memory.
 #[derive(Default)]
@@ -25,18 +30,33 @@ impl Room {
         self.queries.resize(count * dim, 0.0);
         &mut self.queries
     }
+
+    /// The queries put there.
+    pub fn given(&self) -> &[f32] {
+        &self.queries
+    }
+
+    /// With a copy of these scores.
+    pub fn with(&mut self, scores: &[f32]) -> &mut Self {
+        self.scores.clear();
+        self.scores.extend_from_slice(scores);
+        self
+    }
 }
 
-/// One head of one sequence's cache, and of the result.
+/// One head of one sequence's cache, and the results of the query heads that share it.
 pub struct Place<T> {
     /// `[slots, dim]` each.
     pub keys: *const T,
     pub values: *const T,
     pub slots: usize,
+    /// Of the first of these query heads.
     pub out: *mut T,
     /// From one row's result to the next one's.
     pub stride: usize,
     pub dim: usize,
+    /// How many query heads: a row has as many queries, one behind the other.
+    pub heads: usize,
 }
 
 /// One query's weights, before they are divided by their sum, and what they belong to.
@@ -44,6 +64,8 @@ struct Weighted<'a> {
     row: &'a Row,
     weights: &'a [f32],
     total: f32,
+    /// Where its result goes.
+    out: usize,
 }
 
 impl Weighted<'_> {
@@ -52,70 +74,114 @@ impl Weighted<'_> {
     }
 }
 
+/// Slots from the first on that some of the rows see.
+pub fn shared(rows: &[Row]) -> usize {
+    rows.iter().map(|row| row.before).max().unwrap_or(0)
+}
+
+/// Scores of a query, as many as the row with the most keys has, in whole vectors.
+pub fn width(rows: &[Row]) -> usize {
+    rows.iter().map(Row::sees).fold(shared(rows), usize::max).next_multiple_of(LANES)
+}
+
 impl<T: Stored> Place<T> {
-    /// Writes the result of each row's query in `room`.
+    /// Writes the results of all queries in `room`.
     #[inline(always)]
     pub unsafe fn attend<V: Lanes>(&self, rows: &[Row], room: &mut Room) {
-        let counts = rows.iter().map(|row| row.before + row.line.len());
-        let shared = rows.iter().map(|row| row.before).max().unwrap_or(0);
-        let width = counts.fold(shared, usize::max).next_multiple_of(LANES);
-        room.scores.resize(rows.len() * width, 0.0);
-        // Rows that see fewer keys than others get scores that are never looked at.
-        let product = Product {
-            input: room.queries.as_ptr().cast(),
-            weight: self.keys.cast(),
-            out: room.scores.as_mut_ptr().cast(),
-            stride: width,
-            rows: rows.len(),
-            inputs: self.dim,
-            // Whole vectors of keys take no copies. Scores of slots that hold none yet are never looked at.
-            outputs: shared.next_multiple_of(LANES).min(self.slots),
-            half: false,
-            paired: false,
-        };
-        unsafe { product.alone::<V, T>() };
-        let scale = 1.0 / (self.dim as f32).sqrt();
-        room.totals.clear();
-        for ((row, query), scores) in
-            rows.iter().zip(room.queries.chunks_exact(self.dim)).zip(room.scores.chunks_exact_mut(width))
-        {
-            for (score, slot) in scores[row.before..].iter_mut().zip(&row.line) {
-                *score = unsafe { dot::<V, T>(self.keys.add(slot * self.dim), query.as_ptr(), self.dim) };
-            }
-            let count = row.before + row.line.len();
-            room.totals.push(soften(&mut scores[..count.next_multiple_of(LANES)], count, scale));
+        room.scores.resize(rows.len() * self.heads * width(rows), 0.0);
+        let scores = room.scores.as_mut_ptr();
+        unsafe {
+            self.score::<V>(rows, &room.queries, scores, 0..shared(rows));
+            self.score_lines::<V>(rows, &room.queries, scores);
+            self.mix::<V>(rows, room, 0..self.dim.div_ceil(LANES));
         }
-        let mut at = 0;
-        while at < rows.len() {
-            let weighted = |at: usize| {
-                let (row, scores) = (&rows[at], &room.scores[at * width..(at + 1) * width]);
-                Weighted { row, weights: &scores[..row.before + row.line.len()], total: room.totals[at] }
+    }
+
+    /// Scores of the keys in `slots`, from a whole vector on, for `queries: [rows, heads, dim]`, into `scores: [rows, heads, width]`. Rows that see
+    /// fewer keys than others get scores that are never looked at.
+    #[inline(always)]
+    pub unsafe fn score<V: Lanes>(&self, rows: &[Row], queries: &[f32], scores: *mut f32, slots: Range<usize>) {
+        let (count, width) = (rows.len() * self.heads, width(rows));
+        for first in slots.clone().step_by(KEYS) {
+            let last = (first + KEYS).min(slots.end);
+            if count <= FEW {
+                ask(self.keys.wrapping_add(last * self.dim), (slots.end - last).min(KEYS) * self.dim);
+            }
+            let product = Product {
+                input: queries.as_ptr().cast(),
+                weight: self.keys.wrapping_add(first * self.dim).cast(),
+                out: scores.wrapping_add(first).cast(),
+                stride: width,
+                rows: count,
+                inputs: self.dim,
+                // Whole vectors of keys take no copies. Scores of slots that hold none yet are never looked at.
+                outputs: (last.next_multiple_of(LANES).min(self.slots)) - first,
+                half: false,
+                paired: false,
             };
-            at += match rows.len() - at {
-                TOGETHER.. => unsafe { self.mix::<V, TOGETHER>(&std::array::from_fn(|next| weighted(at + next))) },
-                _ => unsafe { self.mix::<V, 1>(&[weighted(at)]) },
+            unsafe { product.alone::<V, T>() };
+        }
+    }
+
+    /// Scores of the keys that a row sees by themselves, behind those of the others.
+    #[inline(always)]
+    pub unsafe fn score_lines<V: Lanes>(&self, rows: &[Row], queries: &[f32], scores: *mut f32) {
+        let width = width(rows);
+        for (at, query) in queries.chunks_exact(self.dim).enumerate() {
+            let row = &rows[at / self.heads];
+            for (next, slot) in row.line.iter().enumerate() {
+                let score = unsafe { dot::<V, T>(self.keys.add(slot * self.dim), query.as_ptr(), self.dim) };
+                unsafe { *scores.add(at * width + row.before + next) = score };
+            }
+        }
+    }
+
+    /// Turns the scores in `room`, `[rows, heads, width]`, into weights, and writes the results of these vectors of the head.
+    #[inline(always)]
+    pub unsafe fn mix<V: Lanes>(&self, rows: &[Row], room: &mut Room, vectors: Range<usize>) {
+        let (width, scale) = (width(rows), 1.0 / (self.dim as f32).sqrt());
+        let Room { scores, totals, .. } = room;
+        totals.clear();
+        for (at, scores) in scores.chunks_exact_mut(width).enumerate() {
+            let count = rows[at / self.heads].sees();
+            totals.push(soften(&mut scores[..count.next_multiple_of(LANES)], count, scale));
+        }
+        let weighted = |at: usize| {
+            let row = &rows[at / self.heads];
+            let weights = &scores[at * width..at * width + row.sees()];
+            Weighted { row, weights, total: totals[at], out: row.row * self.stride + at % self.heads * self.dim }
+        };
+        let (mut at, count) = (0, rows.len() * self.heads);
+        while at < count {
+            let lanes = vectors.start * LANES..(vectors.end * LANES).min(self.dim);
+            at += match count - at {
+                4.. => unsafe { self.mix_lanes::<V, 4>(&std::array::from_fn(|next| weighted(at + next)), lanes) },
+                3 => unsafe { self.mix_lanes::<V, 3>(&std::array::from_fn(|next| weighted(at + next)), lanes) },
+                2 => unsafe { self.mix_lanes::<V, 2>(&std::array::from_fn(|next| weighted(at + next)), lanes) },
+                _ => unsafe { self.mix_lanes::<V, 1>(&[weighted(at)], lanes) },
             };
         }
     }
 
     /// Weighted sums for `M` queries, some vectors of the head at a time. Gives `M`.
     #[inline(always)]
-    unsafe fn mix<V: Lanes, const M: usize>(&self, queries: &[Weighted; M]) -> usize {
+    unsafe fn mix_lanes<V: Lanes, const M: usize>(&self, queries: &[Weighted; M], lanes: Range<usize>) -> usize {
         let whole = self.dim / LANES * LANES;
-        let mut lane = 0;
+        let mut lane = lanes.start;
         unsafe {
-            while lane < whole {
-                lane += match (whole - lane) / LANES {
-                    4.. => self.mix_vectors::<V, M, 4>(queries, lane),
+            while lane < lanes.end.min(whole) {
+                // As many sums as registers hold.
+                lane += match (lanes.end.min(whole) - lane) / LANES {
+                    4.. if M < 4 => self.mix_vectors::<V, M, 4>(queries, lane),
                     2.. => self.mix_vectors::<V, M, 2>(queries, lane),
                     _ => self.mix_vectors::<V, M, 1>(queries, lane),
                 };
             }
             for query in queries {
-                for lane in whole..self.dim {
+                for lane in whole.max(lanes.start)..lanes.end {
                     let value = |at: usize| (*self.values.add(query.slot(at) * self.dim + lane)).widen();
                     let sum = query.weights.iter().enumerate().fold(0f32, |sum, (at, weight)| value(at).mul_add(*weight, sum));
-                    *self.out.add(query.row.row * self.stride + lane) = T::narrow(sum / query.total);
+                    *self.out.add(query.out + lane) = T::narrow(sum / query.total);
                 }
             }
         }
@@ -153,7 +219,7 @@ impl<T: Stored> Place<T> {
                     }
                 }
                 for (part, [even, odd]) in sums.iter().enumerate() {
-                    let out = self.out.add(query.row.row * self.stride + lane + part * LANES).cast::<[T; LANES]>();
+                    let out = self.out.add(query.out + lane + part * LANES).cast::<[T; LANES]>();
                     let sum = even.multiply_add(V::splat(1.0), *odd);
                     out.write(sum.store().map(|sum| T::narrow(sum / query.total)));
                 }
@@ -161,6 +227,19 @@ impl<T: Stored> Place<T> {
         }
         C * LANES
     }
+}
+
+/// Asks for so many numbers, which are used soon.
+#[inline(always)]
+fn ask<T>(from: *const T, count: usize) {
+    // SAFETY: a hint, which does nothing where there is no such memory.
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..count * size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(at)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, count);
 }
 
 /// Turns scores into `exp(scale · score - best)`, what lies behind them into zeros, and returns their sum.
@@ -217,19 +296,23 @@ mod tests {
 
         /// Results of so many rows from `start` on.
         fn run(&self, start: usize, seen: Seen, count: usize, keys: &Tensor, values: &Tensor) -> Tensor {
-            let part = |tensor: &Tensor| tensor.narrow(0, start as i64, count as i64);
             let positions: Vec<usize> = (start..start + count).collect();
+            let slots = &Slots::of(keys, values).unwrap();
+            let qkv = self.qkv.narrow(0, start as i64, count as i64);
+            self.run_spans(&qkv, &positions, &[Span { rows: 0..count, slots, start, seen }])
+        }
+
+        fn run_spans(&self, qkv: &Tensor, positions: &[usize], spans: &[Span]) -> Tensor {
             let shared = Shared {
                 heads: 4,
                 kv_heads: 2,
                 dim: self.dim as usize,
                 angles: (&self.angles.0, &self.angles.1),
-                positions: &positions,
+                positions,
                 norms: None,
                 eps: 0.0,
             };
-            let slots = &Slots::of(keys, values).unwrap();
-            attention(&shared, &part(&self.qkv), &[Span { rows: 0..count, slots, start, seen }]).unwrap().unwrap()
+            attention(&shared, qkv, spans).unwrap().unwrap()
         }
     }
 
@@ -265,17 +348,62 @@ mod tests {
                 let together = given.run(0, Seen::First(&sees), SLOTS as usize, &keys, &values);
                 let (keys, values) = (given.cache(), given.cache());
                 let mut start = 0;
-                // A chunked prefill, steps of one row, and a chain of drafts.
-                for (threads, count) in [(1, 37), (2, 20), (1, 1), (2, 1), (3, 2), (1, 5), (2, 7)] {
+                // A chunked prefill, steps of one row, and chains of drafts, also on threads that do not divide the heads.
+                for (threads, count) in [(1, 37), (2, 20), (1, 1), (2, 1), (3, 2), (1, 5), (2, 7), (3, 1), (5, 4), (3, 9)] {
                     crate::tensor::set_threads(threads);
                     let chain: Vec<usize> = (0..count).map(|row: usize| row.saturating_sub(1)).collect();
-                    let seen = if count == 7 { Seen::Ancestors(&chain) } else { Seen::First(&sees[start..start + count]) };
+                    let seen = if count >= 7 && start > 60 {
+                        Seen::Ancestors(&chain)
+                    } else {
+                        Seen::First(&sees[start..start + count])
+                    };
                     let some = given.run(start, seen, count, &keys, &values);
                     assert!(
                         together.narrow(0, start as i64, count as i64).equal(&some),
                         "{kind:?} {dim}: {count} from {start} on"
                     );
                     start += count;
+                }
+            }
+        }
+    }
+
+    /// Rows of sequences of several lengths, on threads that do not divide their heads, are what each of them gives on one.
+    #[test]
+    fn sequences_share_threads_and_nothing_else() {
+        // Kept before, rows now, and those that each row follows.
+        let sequences: [(usize, usize, &[usize]); 3] = [(70, 4, &[0, 0, 1, 0]), (33, 1, &[0]), (5, 2, &[0, 0])];
+        for kind in [Kind::Float, Kind::BFloat16] {
+            for dim in [64, 24] {
+                let given = Given::new(dim, kind);
+                let sees: Vec<usize> = (1..=SLOTS as usize).collect();
+                let filled = || {
+                    sequences.map(|(kept, ..)| {
+                        let (keys, values) = (given.cache(), given.cache());
+                        let _filled = given.run(0, Seen::First(&sees[..kept]), kept, &keys, &values);
+                        (keys, values)
+                    })
+                };
+                crate::tensor::set_threads(1);
+                let alone: Vec<Tensor> = (sequences.iter().zip(filled()))
+                    .map(|((kept, rows, parents), (keys, values))| {
+                        given.run(*kept, Seen::Ancestors(parents), *rows, &keys, &values)
+                    })
+                    .collect();
+                let rows: Vec<Tensor> =
+                    sequences.iter().map(|(kept, rows, _)| given.qkv.narrow(0, *kept as i64, *rows as i64)).collect();
+                let positions: Vec<usize> = sequences.iter().flat_map(|(kept, rows, _)| *kept..kept + rows).collect();
+                for threads in [1, 2, 4, 5] {
+                    crate::tensor::set_threads(threads);
+                    let slots = filled().map(|(keys, values)| Slots::of(&keys, &values).unwrap());
+                    let mut first = 0;
+                    let spans = sequences.iter().zip(&slots).map(|((kept, rows, parents), slots)| {
+                        first += rows;
+                        Span { rows: first - rows..first, slots, start: *kept, seen: Seen::Ancestors(parents) }
+                    });
+                    let spans: Vec<Span> = spans.collect();
+                    let together = given.run_spans(&Tensor::cat(&rows, 0), &positions, &spans);
+                    assert!(together.equal(&Tensor::cat(&alone, 0)), "{kind:?} {dim}: {threads} threads");
                 }
             }
         }

@@ -12,6 +12,7 @@ use std::rc::Rc;
 use tch::TchError;
 
 use super::attend::{Place, Room};
+use super::few;
 use super::lanes::{Lanes, Stored};
 use super::pointwise::normalise;
 use super::turns::{Rows, Turns};
@@ -187,8 +188,12 @@ pub fn attend(shared: &Shared, qkv: Rows, out: Rows, spans: &[Span], turns: &mut
     let fits = fits(kind, tch::Device::Cpu, dim) && widths && turned && count == qkv.count && spans.iter().all(inside);
     qkv.beside(&out).filter(|()| fits)?;
     let rows: Vec<Row> = spans.iter().flat_map(|span| rows_of(span, positions)).collect();
-    let looked_at: usize = rows.iter().map(|row| row.before + row.line.len()).sum();
+    let looked_at: usize = rows.iter().map(Row::sees).sum();
     let tiles = tiles(spans);
+    let parallel = heads * looked_at >= PARALLEL_FROM;
+    // Whoever looks at a tile's keys can store them where the tile is all that its sequence has.
+    let whole = spans.iter().all(|span| (1..=TILE).contains(&span.rows.len()));
+    let few = whole && parallel && !even(tiles.len() * kv_heads);
     let step = Rc::new(Step {
         qkv: qkv.data,
         cos: cos.data.cast(),
@@ -201,14 +206,18 @@ pub fn attend(shared: &Shared, qkv: Rows, out: Rows, spans: &[Span], turns: &mut
         kv_heads,
         dim,
         rows,
-        stores: spans.iter().all(|span| (1..=TILE).contains(&span.rows.len())) && even(tiles.len() * kv_heads),
+        stores: whole,
         tiles,
         half: qkv.half,
     });
+    if few {
+        few::push(step, turns);
+        return Some(());
+    }
     if !step.stores {
         turns.push(Store(step.clone()), kv_heads * qkv.count >= STORE_PARALLEL_FROM);
     }
-    turns.push(step, heads * looked_at >= PARALLEL_FROM);
+    turns.push(step, parallel);
     Some(())
 }
 
@@ -273,14 +282,21 @@ pub(super) struct Row {
     head_stride: usize,
     slots: usize,
     /// Where its own key goes.
-    slot: usize,
+    pub slot: usize,
     /// Slots that it sees: so many from the first on, then these.
     pub before: usize,
     pub line: Vec<usize>,
 }
 
+impl Row {
+    /// How many slots it sees.
+    pub fn sees(&self) -> usize {
+        self.before + self.line.len()
+    }
+}
+
 /// One layer's attention, as plain memory.
-struct Step {
+pub(super) struct Step {
     qkv: *const c_void,
     cos: *const f32,
     sin: *const f32,
@@ -289,14 +305,14 @@ struct Step {
     eps: f32,
     out: *mut c_void,
     heads: usize,
-    kv_heads: usize,
-    dim: usize,
-    rows: Vec<Row>,
+    pub kv_heads: usize,
+    pub dim: usize,
+    pub rows: Vec<Row>,
     /// Rows of one sequence that go through its keys together.
-    tiles: Vec<Range<usize>>,
+    pub tiles: Vec<Range<usize>>,
     /// Whether a tile's keys and values are stored by whoever looks at them: a tile is all that its sequence has in this forward.
     stores: bool,
-    half: bool,
+    pub half: bool,
 }
 
 /// The part that must be complete before any query looks, where several tiles look at the same: keys and values into the cache.
@@ -315,9 +331,8 @@ impl Kernel for Rc<Step> {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         let mut room = Room::default();
-        let group = self.heads / self.kv_heads;
         // A task is a head of a tile, or all heads that share keys where these are stored as well.
-        let (count, heads) = if self.stores { (self.kv_heads, group) } else { (self.heads, 1) };
+        let (count, heads) = if self.stores { (self.kv_heads, self.group()) } else { (self.heads, 1) };
         // Tiles further down a sequence see more keys: threads take turns.
         for task in (thread..self.tiles.len() * count).step_by(threads) {
             let (rows, first) = (&self.rows[self.tiles[task / count].clone()], task % count * heads);
@@ -326,14 +341,12 @@ impl Kernel for Rc<Step> {
             }
             unsafe {
                 if self.stores {
-                    self.store::<V>(rows, first / group);
+                    self.store::<V>(rows, first / self.group());
                 }
-                for head in first..first + heads {
-                    if self.half {
-                        self.attend::<V, u16>(rows, head, &mut room)
-                    } else {
-                        self.attend::<V, f32>(rows, head, &mut room)
-                    }
+                if self.half {
+                    self.attend::<V, u16>(rows, first, heads, &mut room)
+                } else {
+                    self.attend::<V, f32>(rows, first, heads, &mut room)
                 }
             }
         }
@@ -369,7 +382,7 @@ impl Step {
 
     /// Keys and values of one head of some rows, into the cache.
     #[inline(always)]
-    unsafe fn store<V: Lanes>(&self, rows: &[Row], head: usize) {
+    pub unsafe fn store<V: Lanes>(&self, rows: &[Row], head: usize) {
         unsafe { if self.half { self.store_as::<V, u16>(rows, head) } else { self.store_as::<V, f32>(rows, head) } }
     }
 
@@ -397,7 +410,7 @@ impl Step {
     #[inline(always)]
     fn fetch(&self, row: &Row, head: usize) {
         let size = if self.half { size_of::<u16>() } else { size_of::<f32>() };
-        let offset = head / (self.heads / self.kv_heads) * row.head_stride * size;
+        let offset = head / self.group() * row.head_stride * size;
         let bytes = (row.before * self.dim * size).min(FETCHED);
         // SAFETY: a hint, which does nothing where there is no such memory.
         #[cfg(target_arch = "x86_64")]
@@ -410,26 +423,43 @@ impl Step {
         let _ = (offset, bytes);
     }
 
-    /// Head `head` of the rows of one tile.
+    /// Heads of the rows of one tile, from `first` on, that share their keys.
     #[inline(always)]
-    unsafe fn attend<V: Lanes, T: Stored>(&self, rows: &[Row], head: usize, room: &mut Room) {
-        let (dim, first) = (self.dim, &rows[0]);
-        let offset = head / (self.heads / self.kv_heads) * first.head_stride;
-        let queries = room.queries(rows.len(), dim);
+    unsafe fn attend<V: Lanes, T: Stored>(&self, rows: &[Row], first: usize, heads: usize, room: &mut Room) {
         unsafe {
-            for (row, query) in rows.iter().zip(queries.chunks_exact_mut(dim)) {
-                self.rotated::<V, T>(row, head, self.query_norm, query);
-            }
-            let place = Place {
-                keys: first.keys.cast::<T>().cast_const().add(offset),
-                values: first.values.cast::<T>().cast_const().add(offset),
-                slots: first.slots,
-                out: self.out.cast::<T>().add(head * dim),
-                stride: self.heads * dim,
-                dim,
-            };
-            place.attend::<V>(rows, room);
+            self.queries::<V, T>(rows, first, heads, room);
+            self.place::<T>(rows, first, heads).attend::<V>(rows, room);
         }
+    }
+
+    /// Puts their queries into `room`.
+    #[inline(always)]
+    pub unsafe fn queries<V: Lanes, T: Stored>(&self, rows: &[Row], first: usize, heads: usize, room: &mut Room) {
+        let queries = room.queries(rows.len() * heads, self.dim);
+        for (at, query) in queries.chunks_exact_mut(self.dim).enumerate() {
+            unsafe { self.rotated::<V, T>(&rows[at / heads], first + at % heads, self.query_norm, query) };
+        }
+    }
+
+    /// Where their keys and results are.
+    #[inline(always)]
+    pub unsafe fn place<T: Stored>(&self, rows: &[Row], first: usize, heads: usize) -> Place<T> {
+        let row = &rows[0];
+        let offset = first / self.group() * row.head_stride;
+        Place {
+            keys: row.keys.cast::<T>().cast_const().wrapping_add(offset),
+            values: row.values.cast::<T>().cast_const().wrapping_add(offset),
+            slots: row.slots,
+            out: self.out.cast::<T>().wrapping_add(first * self.dim),
+            stride: self.heads * self.dim,
+            dim: self.dim,
+            heads,
+        }
+    }
+
+    /// Heads of queries that share one of keys.
+    pub fn group(&self) -> usize {
+        self.heads / self.kv_heads
     }
 }
 

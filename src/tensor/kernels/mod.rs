@@ -14,6 +14,7 @@ mod attend;
 pub mod attention;
 pub mod codes;
 pub mod compact;
+mod few;
 pub mod integers;
 mod lanes;
 pub mod linear;

@@ -126,20 +126,17 @@ impl Turns {
 
     /// One thread's part of all of them.
     unsafe fn share(&self, barrier: &Barrier, thread: usize, threads: usize) {
-        let mut alone = true;
-        for (kernel, parallel) in &self.kernels {
-            // What the first thread does by itself it does in order anyway.
-            if *parallel || !alone {
-                barrier.wait(threads);
+        let mut rest = self.kernels.as_slice();
+        let mut begun = false;
+        while !rest.is_empty() {
+            let (alone, others) = rest.split_at(rest.iter().take_while(|(_, parallel)| !parallel).count());
+            if begun || !alone.is_empty() {
+                // What is not worth all threads is done by the one that the others wait for anyway.
+                barrier.wait(threads, || alone.iter().for_each(|(kernel, _)| unsafe { kernel.take(0, 1) }));
             }
-            alone = !parallel;
-            unsafe {
-                if *parallel {
-                    kernel.take(thread, threads);
-                } else if thread == 0 {
-                    kernel.take(0, 1);
-                }
-            }
+            let Some(((kernel, _), others)) = others.split_first() else { return };
+            unsafe { kernel.take(thread, threads) };
+            (rest, begun) = (others, true);
         }
     }
 }
@@ -175,9 +172,11 @@ struct Barrier {
 struct Line(AtomicUsize);
 
 impl Barrier {
-    fn wait(&self, threads: usize) {
+    /// The last one to come does `meanwhile`, before any of them goes on.
+    fn wait(&self, threads: usize, meanwhile: impl FnOnce()) {
         let turn = self.turn.0.load(Ordering::Relaxed);
         if self.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == threads {
+            meanwhile();
             self.arrived.0.store(0, Ordering::Relaxed);
             self.turn.0.store(turn.wrapping_add(1), Ordering::SeqCst);
             // Whoever goes to sleep counts itself before it looks a last time: one of the two sees the other.
