@@ -406,6 +406,9 @@ fn bench_speculate_compares_every_drafter_with_plain_decoding() {
         let (drafts, accepted) = (number("drafts"), number("accepted_tokens"));
         let length = if drafts > 0.0 { 1.0 + accepted / drafts } else { 0.0 };
         assert!((number("acceptance_length") - length).abs() < 1e-9, "{name}: {report}");
+        // Short texts are decoded several times in each of the two rounds.
+        let runs = lane["by_prompt"].as_array().unwrap().iter().map(|prompt| prompt["runs"].as_u64().unwrap());
+        assert!(runs.clone().all(|runs| runs >= 2 && runs % 2 == 0) && runs.max() > Some(2), "{name}: {report}");
     }
     let curve = report["cost_curve"].as_array().unwrap();
     assert_eq!((&curve[0]["tokens"], &curve[0]["ratio"]), (&1.into(), &1.0.into()));

@@ -2,7 +2,8 @@
 //! whether the text stays the same.
 //!
 //! Each round runs every prompt once by every method, in an order that turns from round to round, so that a machine that slows
-//! down slows all of them. A prompt's time is the median over the rounds; a drafter keeps what it learnt, as it does in a server.
+//! down slows all of them. A short text is decoded several times in a round, as its time says little by itself. A prompt's time is the
+//! median of all its runs; a drafter keeps what it learnt, as it does in a server.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -24,6 +25,10 @@ use crate::engine::sequence::Sequence;
 use crate::engine::{Event, Method, Usage};
 use crate::model::Transformer;
 
+/// A text is decoded again within a round until plain decoding has taken so long, but not more often than [`TIMES_MAX`].
+const ROUND: Duration = Duration::from_millis(50);
+const TIMES_MAX: usize = 10;
+
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -43,8 +48,8 @@ pub struct Lane {
     /// All tokens by all of the time, prefill included.
     pub whole_tokens_per_second: f64,
     pub whole_speedup: f64,
-    /// Against plain decoding in the same run: of all prompts together, and the least of any prompt (of each, the median over the
-    /// rounds).
+    /// Against plain decoding in the same run: of all prompts together, and the least of any prompt (of each, the median of its
+    /// runs).
     pub speedup: f64,
     pub speedup_least: f64,
     pub speedup_least_prompt: String,
@@ -63,7 +68,7 @@ pub struct Lane {
     pub by_prompt: Vec<OfPrompt>,
 }
 
-/// What one prompt came to: medians over the rounds.
+/// What one prompt came to: medians of its runs.
 #[derive(Clone, Debug, Serialize)]
 pub struct OfPrompt {
     pub prompt: String,
@@ -71,7 +76,9 @@ pub struct OfPrompt {
     pub tokens: usize,
     pub plain_milliseconds: f64,
     pub milliseconds: f64,
-    /// Of each round, plain decoding's time by this one's.
+    /// How often it was run.
+    pub runs: usize,
+    /// Of each run, plain decoding's time by this one's.
     pub speedup: f64,
     /// Of the last round.
     pub forwards: usize,
@@ -118,6 +125,8 @@ pub fn nano_prompts(count: usize, seed: u64) -> Vec<String> {
 struct Run {
     text: String,
     usage: Usage,
+    /// Whether it was not the first of its prompt in its round: what is counted, not timed, is counted once a round.
+    again: bool,
 }
 
 /// Runs the comparison; `done` is called after each prompt of each round.
@@ -135,14 +144,23 @@ pub fn run(
     for lane in &lanes {
         one(info, model, drafters, &prompts[0], options, *lane)?;
     }
+    let mut times = vec![];
+    for prompt in prompts {
+        let seconds = behind_first(&one(info, model, drafters, prompt, options, None)?).1;
+        times.push(((ROUND.as_secs_f64() / seconds.max(1e-9)).ceil() as usize).clamp(1, TIMES_MAX));
+    }
     let mut runs: Vec<Vec<Vec<Run>>> = lanes.iter().map(|_| prompts.iter().map(|_| vec![]).collect()).collect();
     for round in 0..options.rounds {
         for (at, prompt) in prompts.iter().enumerate() {
-            for turn in 0..lanes.len() {
-                // Backwards every other time, so that nobody always finds the caches as the same one left them.
-                let turn = if (round + at) % 2 == 1 { lanes.len() - 1 - turn } else { turn };
-                let lane = (turn + round + at) % lanes.len();
-                runs[lane][at].push(one(info, model, drafters, prompt, options, lanes[lane])?);
+            for time in 0..times[at] {
+                let shift = round + at + time;
+                for turn in 0..lanes.len() {
+                    // Backwards every other time, so that nobody always finds the caches as the same one left them.
+                    let turn = if shift % 2 == 1 { lanes.len() - 1 - turn } else { turn };
+                    let lane = (turn + shift) % lanes.len();
+                    let run = one(info, model, drafters, prompt, options, lanes[lane])?;
+                    runs[lane][at].push(Run { again: time > 0, ..run });
+                }
             }
             done();
         }
@@ -218,7 +236,7 @@ fn one(
                     if let (Some(kind), Some(seen)) = (drafter, sequence.decoder().adaptation()) {
                         drafters.learn(kind, seen);
                     }
-                    return Ok(Run { text, usage });
+                    return Ok(Run { text, usage, again: false });
                 }
                 Event::Started { .. } | Event::Step(_) => {}
             }
@@ -261,7 +279,7 @@ fn figures(prompts: &[String], plain: &[Vec<Run>], runs: &[Vec<Run>]) -> Lane {
     let least = by_prompt.iter().min_by(|a, b| a.speedup.total_cmp(&b.speedup));
     let (speedup_least, speedup_least_prompt) =
         least.map_or((0.0, String::new()), |least| (least.speedup, least.prompt.clone()));
-    let all = || runs.iter().flatten();
+    let all = || runs.iter().flatten().filter(|run| !run.again);
     let mut drafts = Speculation::default();
     all().filter_map(|run| run.usage.speculation.as_ref()).for_each(|found| drafts.add(found));
     let total: f64 = all().map(|run| run.usage.decoding.as_secs_f64()).sum();
@@ -298,6 +316,7 @@ fn of_prompt(prompt: &str, plain: &[Run], runs: &[Run]) -> Option<OfPrompt> {
         tokens: usage.generated_tokens.saturating_sub(1),
         plain_milliseconds: milliseconds(plain),
         milliseconds: milliseconds(runs),
+        runs: runs.len(),
         speedup: median(ratios),
         forwards: usage.forwards.model(),
         drafts: drafts.map_or(0, |drafts| drafts.drafts),
