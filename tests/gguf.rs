@@ -93,7 +93,9 @@ fn what_is_stored_in_fewer_bytes_is_the_same_network() {
         let (direct, imported, folder) = both(name);
         assert_eq!(hidden(&direct, Some(Scheme::INT8)), hidden(&imported, Some(Scheme::INT8)), "{name}");
         let (blocks, floats) = (hidden(&direct, None).1, hidden(&imported, None).1);
-        assert!(blocks < floats, "{name}: {blocks} and {floats} bytes");
+        // The smaller one's embedding is its head as well, and held as floats beside it.
+        let share = if name == "llama" { 2 } else { 1 };
+        assert!(share * blocks < floats, "{name}: {blocks} and {floats} bytes");
         for dtype in [Dtype::Bf16, Dtype::F16] {
             import(&fixture(&format!("{name}.gguf")), folder.path(), dtype, &mut |_| {}).unwrap();
             let open = |halves: bool| {
