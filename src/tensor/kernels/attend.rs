@@ -231,7 +231,7 @@ impl<T: Stored> Place<T> {
 
 /// Asks for so many numbers, which are used soon.
 #[inline(always)]
-fn ask<T>(from: *const T, count: usize) {
+pub fn ask<T>(from: *const T, count: usize) {
     // SAFETY: a hint, which does nothing where there is no such memory.
     #[cfg(target_arch = "x86_64")]
     for at in (0..count * size_of::<T>()).step_by(64) {

@@ -11,8 +11,8 @@ use std::rc::Rc;
 
 use tch::TchError;
 
-use super::attend::{Place, Room};
-use super::few;
+use super::attend::{Place, Room, ask};
+use super::attention_split;
 use super::lanes::{Lanes, Stored};
 use super::pointwise::normalise;
 use super::turns::{Rows, Turns};
@@ -193,7 +193,7 @@ pub fn attend(shared: &Shared, qkv: Rows, out: Rows, spans: &[Span], turns: &mut
     let parallel = heads * looked_at >= PARALLEL_FROM;
     // Whoever looks at a tile's keys can store them where the tile is all that its sequence has.
     let whole = spans.iter().all(|span| (1..=TILE).contains(&span.rows.len()));
-    let few = whole && parallel && !even(tiles.len() * kv_heads);
+    let split = whole && parallel && !even(tiles.len() * kv_heads);
     let step = Rc::new(Step {
         qkv: qkv.data,
         cos: cos.data.cast(),
@@ -210,8 +210,8 @@ pub fn attend(shared: &Shared, qkv: Rows, out: Rows, spans: &[Span], turns: &mut
         tiles,
         half: qkv.half,
     });
-    if few {
-        few::push(step, turns);
+    if split {
+        attention_split::push(step, turns);
         return Some(());
     }
     if !step.stores {
@@ -412,15 +412,9 @@ impl Step {
         let size = if self.half { size_of::<u16>() } else { size_of::<f32>() };
         let offset = head / self.group() * row.head_stride * size;
         let bytes = (row.before * self.dim * size).min(FETCHED);
-        // SAFETY: a hint, which does nothing where there is no such memory.
-        #[cfg(target_arch = "x86_64")]
         for from in [row.keys, row.values] {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let line = |at: usize| from.cast::<i8>().wrapping_add(offset + at).cast_const();
-            (0..bytes).step_by(64).for_each(|at| unsafe { _mm_prefetch::<_MM_HINT_T0>(line(at)) });
+            ask(from.cast::<u8>().cast_const().wrapping_add(offset), bytes);
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (offset, bytes);
     }
 
     /// Heads of the rows of one tile, from `first` on, that share their keys.

@@ -13,7 +13,7 @@ use super::turns::Turns;
 
 /// Scores of all tiles, and where they lie: `[tiles][kv_heads, rows, heads, width]`.
 #[derive(Clone)]
-struct Few {
+struct Split {
     step: Rc<Step>,
     scores: *mut f32,
     /// Of each tile's scores.
@@ -29,9 +29,9 @@ pub fn push(step: Rc<Step>, turns: &mut Turns) {
         count += step.kv_heads * step.of_head(&step.rows[tile.clone()]);
     }
     turns.reuse();
-    let few = Few { step, scores: turns.room(count), starts: starts.into() };
-    turns.push(Scoring(few.clone()), true);
-    turns.push(Mixing(few), true);
+    let split = Split { step, scores: turns.room(count), starts: starts.into() };
+    turns.push(Scoring(split.clone()), true);
+    turns.push(Mixing(split), true);
 }
 
 impl Step {
@@ -42,7 +42,7 @@ impl Step {
 }
 
 /// The part of the keys.
-struct Scoring(Few);
+struct Scoring(Split);
 
 impl Kernel for Scoring {
     #[inline(always)]
@@ -54,7 +54,7 @@ impl Kernel for Scoring {
 }
 
 /// The part of the values.
-struct Mixing(Few);
+struct Mixing(Split);
 
 impl Kernel for Mixing {
     #[inline(always)]
@@ -63,7 +63,7 @@ impl Kernel for Mixing {
     }
 }
 
-impl Few {
+impl Split {
     #[inline(always)]
     unsafe fn score<V: Lanes, T: Stored>(&self, thread: usize, threads: usize) {
         let (step, mut room) = (&self.step, Room::default());

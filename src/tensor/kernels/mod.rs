@@ -12,9 +12,9 @@
 
 mod attend;
 pub mod attention;
+mod attention_split;
 pub mod codes;
 pub mod compact;
-mod few;
 pub mod integers;
 mod lanes;
 pub mod linear;
