@@ -10,6 +10,7 @@ use lacuna::checkpoint::config::ModelConfig;
 use lacuna::model::cache::KvCache;
 use lacuna::model::{Layout, RandomWeights, Segment, Transformer};
 use lacuna::tensor::kernels::attention::{Seen, Shared, Slots, Span, attention as attend};
+use lacuna::tensor::kernels::fixed::Fixed;
 use lacuna::tensor::kernels::packed::Packed;
 use lacuna::tensor::{Device, Dtype, Kind, Placement, Tensor, kernels};
 
@@ -59,14 +60,14 @@ fn attention(criterion: &mut Criterion) {
             group.sample_size(10).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_millis(500));
             for (rows, slots) in [(1, 64), (1, 512), (8, 64), (80, 80), (128, 128), (256, 256), (32, 512)] {
                 let qkv = random(&[rows, (heads + 2 * kv_heads) * dim], kind);
-                let angles = (random(&[slots, dim], Kind::Float), random(&[slots, dim], Kind::Float));
+                let angles = [(); 2].map(|()| Fixed::of(random(&[slots, dim], Kind::Float)));
                 let positions: Vec<usize> = (0..rows as usize).collect();
                 let (keys, values) = (random(&[kv_heads, slots, dim], kind), random(&[kv_heads, slots, dim], kind));
                 let shared = Shared {
                     heads: heads as usize,
                     kv_heads: kv_heads as usize,
                     dim: dim as usize,
-                    angles: (&angles.0, &angles.1),
+                    angles: (&angles[0], &angles[1]),
                     positions: &positions,
                     norms: None,
                     eps: 0.0,

@@ -150,7 +150,11 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
         for group in groups(&places, model.config().vocab_size) {
             let (from, count) = (places[group.start].0, rows_of(asks, &places, group.clone()));
             let began = Instant::now();
-            let logits = if count > 0 { Some(model.logits(&states.f_narrow(0, from as i64, count as i64)?)?) } else { None };
+            let logits = match count {
+                0 => None,
+                _ if count == rows.len() => Some(model.logits(&states)?),
+                _ => Some(model.logits(&states.f_narrow(0, from as i64, count as i64)?)?),
+            };
             let head = began.elapsed();
             heads.extend(group.clone().map(|index| mine(head, places[index].1 * asks[index].sequences(), count)));
             let began = Instant::now();

@@ -8,7 +8,7 @@
 use super::forward::{Plan, spans};
 use super::{Layer, ModelError, Transformer};
 use crate::tensor::kernels::attention::{Shared, attend};
-use crate::tensor::kernels::pointwise::{add_norm, gate, norm};
+use crate::tensor::kernels::pointwise::{add_norm, embed, gate, norm};
 use crate::tensor::kernels::turns::{Rows, Turns};
 use crate::tensor::{Device, Tensor};
 
@@ -27,7 +27,7 @@ struct Room {
 
 impl Transformer {
     /// Final hidden states of `tokens: [rows]` at these positions, `[rows, hidden]`; `None` where it takes tensors.
-    pub(super) fn at_once(&self, tokens: &Tensor, positions: &[usize], plans: &[Plan]) -> Result<Option<Tensor>, ModelError> {
+    pub(super) fn at_once(&self, tokens: &[i64], positions: &[usize], plans: &[Plan]) -> Result<Option<Tensor>, ModelError> {
         let c = &self.config;
         let heads = c.heads * c.head_dim;
         let widths = [
@@ -40,14 +40,12 @@ impl Transformer {
         ];
         let options = (self.placement.dtype.kind(), Device::Cpu);
         let make = |width: usize| Tensor::f_empty([positions.len() as i64, width as i64], options);
-        let x = self.embed(tokens)?;
-        let [normed, qkv, mixed, more, gate_up, gated] = widths.map(make);
-        let (normed, tensors) = (normed?, [qkv?, mixed?, more?, gate_up?, gated?]);
+        let (normed, between) = (make(c.hidden_size)?, make(widths.iter().sum())?);
         let mut turns = Turns::default();
         let mut list = || {
-            let [qkv, mixed, more, gate_up, gated] = tensors.each_ref().map(Rows::of);
-            let (x, normed) = (Rows::of(&x)?, Rows::of(&normed)?);
-            let room = Room { x, normed, qkv: qkv?, mixed: mixed?, more: more?, gate_up: gate_up?, gated: gated? };
+            let [x, qkv, mixed, more, gate_up, gated] = Rows::of(&between)?.cut(widths);
+            let room = Room { x, normed: Rows::of(&normed)?, qkv, mixed, more, gate_up, gated };
+            embed(self.embedding.rows()?, tokens, room.x, &mut turns)?;
             self.list(&room, positions, plans, &mut turns)
         };
         if list().is_none() {
@@ -61,17 +59,17 @@ impl Transformer {
     /// All layers, from the stream as it is embedded to the final norm.
     fn list(&self, room: &Room, positions: &[usize], plans: &[Plan], turns: &mut Turns) -> Option<()> {
         let eps = self.config.norm_eps;
-        norm(room.x, &self.layers.first()?.attention_norm, eps, room.normed, turns)?;
+        norm(room.x, self.layers.first()?.attention_norm.rows()?, eps, room.normed, turns)?;
         for (index, layer) in self.layers.iter().enumerate() {
             layer.qkv.turn(room.normed, room.qkv, turns)?;
             attend(&self.shared(layer, positions), room.qkv, room.mixed, &spans(plans, index)?, turns)?;
             layer.output.turn(room.mixed, room.more, turns)?;
-            add_norm(room.x, room.more, &layer.mlp_norm, eps, room.normed, turns)?;
+            add_norm(room.x, room.more, layer.mlp_norm.rows()?, eps, room.normed, turns)?;
             layer.gate_up.turn(room.normed, room.gate_up, turns)?;
             gate(room.gate_up, room.gated, turns)?;
             layer.down.turn(room.gated, room.more, turns)?;
             let next = self.layers.get(index + 1).map_or(&self.norm, |next| &next.attention_norm);
-            add_norm(room.x, room.more, next, eps, room.normed, turns)?;
+            add_norm(room.x, room.more, next.rows()?, eps, room.normed, turns)?;
         }
         Some(())
     }
@@ -175,8 +173,7 @@ mod tests {
                 let segment = Segment { tokens: &[1], layout: Layout::Causal, cache: Some(&cache) };
                 let mut positions = vec![];
                 let plans = [model.plan(&segment, 0, true, &mut positions).unwrap()];
-                let list =
-                    |plans: &[Plan]| tch::no_grad(|| model.at_once(&Tensor::from_slice(&[1i64]), &positions, plans)).unwrap();
+                let list = |plans: &[Plan]| tch::no_grad(|| model.at_once(&[1], &positions, plans)).unwrap();
                 assert_eq!(list(&plans).is_none(), tensors, "{dtype:?}, {form:?}");
                 assert!(list(&[]).is_none(), "a row that no segment has");
             }

@@ -105,12 +105,12 @@ impl Transformer {
             return Err(ModelError::TokenOutOfRange { id, vocab_size: self.config.vocab_size });
         }
         if own {
-            let tokens = Tensor::f_from_slice(&tokens)?;
             let listed = if way == Way::AtOnce { self.at_once(&tokens, &positions, &plans)? } else { None };
-            return match listed {
-                Some(hidden) => Ok(hidden),
-                None => self.through(&tokens, |index, layer, qkv| self.attend_few(index, layer, qkv, &positions, &plans)),
-            };
+            if let Some(hidden) = listed {
+                return Ok(hidden);
+            }
+            let tokens = Tensor::f_from_slice(&tokens)?;
+            return self.through(&tokens, |index, layer, qkv| self.attend_few(index, layer, qkv, &positions, &plans));
         }
         let (tokens, angles, shares) = self.ready(tokens, &positions, &plans)?;
         self.through(&tokens, |index, layer, qkv| self.attend(index, layer, qkv, &angles, &shares))

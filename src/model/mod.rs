@@ -23,7 +23,8 @@ pub mod statistics;
 use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
-use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor, kernels};
+use crate::tensor::kernels::{self, fixed::Fixed};
+use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor};
 use family::{Attention, Names};
 use linear::{Linear, bytes, join};
 use quantized::{Matrix, Scheme};
@@ -131,12 +132,12 @@ pub fn manifest_as(config: &ModelConfig, names: &Names) -> Vec<TensorSpec> {
 const BY_SPANS: &str = "a block-causal sequence is run by spans over a cache";
 
 struct Layer {
-    attention_norm: Tensor,
+    attention_norm: Fixed,
     /// Queries, keys and values in one product.
     qkv: Linear,
     output: Linear,
-    qk_norm: Option<(Tensor, Tensor)>,
-    mlp_norm: Tensor,
+    qk_norm: Option<(Fixed, Fixed)>,
+    mlp_norm: Fixed,
     /// Gate and up in one product.
     gate_up: Linear,
     down: Linear,
@@ -161,9 +162,9 @@ pub fn precision(dtype: Dtype, quantization: Option<Scheme>) -> String {
 pub struct Transformer {
     config: ModelConfig,
     placement: Placement,
-    embedding: Tensor,
+    embedding: Fixed,
     layers: Vec<Layer>,
-    norm: Tensor,
+    norm: Fixed,
     head: Head,
     rotary: Rotary,
     weight_bytes: usize,
@@ -185,7 +186,7 @@ impl Transformer {
             None => unreachable!("the manifest and the stack list the same tensors"),
         };
         let first = next();
-        let embedding = source.tensor(&first)?;
+        let embedding = Fixed::of(source.tensor(&first)?);
         let mut layers = Vec::with_capacity(config.layers);
         for _ in 0..config.layers {
             let mut linear = |parts: usize, bias: bool| -> Result<Linear, S::Error> {
@@ -198,13 +199,13 @@ impl Transformer {
             };
             let (qkv, output) = (linear(3, config.qkv_bias)?, linear(1, config.output_bias)?);
             let (gate_up, down) = (linear(2, config.mlp_bias)?, linear(1, config.mlp_bias)?);
-            let mut norm = || source.tensor(&next());
+            let mut norm = || Ok::<_, S::Error>(Fixed::of(source.tensor(&next())?));
             let (attention_norm, mlp_norm) = (norm()?, norm()?);
             let qk_norm = if config.family.qk_norm { Some((norm()?, norm()?)) } else { None };
             layers.push(Layer { attention_norm, qkv, output, qk_norm, mlp_norm, gate_up, down });
         }
-        let norm = source.tensor(&next())?;
-        let (spec, tied) = if config.tied { (first, Some(&embedding)) } else { (next(), None) };
+        let norm = Fixed::of(source.tensor(&next())?);
+        let (spec, tied) = if config.tied { (first, Some(&*embedding)) } else { (next(), None) };
         let head = match source.head(&spec, tied)? {
             None => Head::Embedding,
             // It has the few rows that are wanted, and is as well read as it lies.

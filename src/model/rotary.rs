@@ -2,12 +2,13 @@
 
 use super::ModelError;
 use crate::checkpoint::config::{ModelConfig, RopeScaling};
+use crate::tensor::kernels::fixed::Fixed;
 use crate::tensor::{Device, Kind, Tensor};
 
 /// Tables of cosines and sines for every position, `[positions, head_dim]` in f32.
 pub struct Rotary {
-    cos: Tensor,
-    sin: Tensor,
+    cos: Fixed,
+    sin: Fixed,
     /// `sin` with its first half negated: x · cos + (x with its halves swapped) · turned is x rotated, in three operations.
     turned: Tensor,
 }
@@ -26,7 +27,8 @@ impl Rotary {
         let angles = positions.f_unsqueeze(1)?.f_mul(&frequencies.f_unsqueeze(0)?)?;
         let (cos, sin) = (angles.f_cos()?, angles.f_sin()?);
         let table = |left: &Tensor, right: &Tensor| Tensor::f_cat(&[left, right], -1)?.f_to_device(device);
-        Ok(Self { cos: table(&cos, &cos)?, sin: table(&sin, &sin)?, turned: table(&sin.f_neg()?, &sin)? })
+        let turned = table(&sin.f_neg()?, &sin)?;
+        Ok(Self { cos: Fixed::of(table(&cos, &cos)?), sin: Fixed::of(table(&sin, &sin)?), turned })
     }
 
     /// Positions that the tables hold.
@@ -35,7 +37,7 @@ impl Rotary {
     }
 
     /// Cosines and sines of all positions, `[positions, head_dim]` in f32.
-    pub fn tables(&self) -> (&Tensor, &Tensor) {
+    pub fn tables(&self) -> (&Fixed, &Fixed) {
         (&self.cos, &self.sin)
     }
 

@@ -14,6 +14,7 @@ use tracing::warn;
 use super::ModelError;
 use super::quantized::{Matrix, Quantized, Scheme};
 use crate::tensor::kernels::compact::Compact;
+use crate::tensor::kernels::fixed::Fixed;
 use crate::tensor::kernels::packed::Packed;
 use crate::tensor::kernels::turns::{Rows, Turns};
 use crate::tensor::kernels::{self, pointwise};
@@ -22,7 +23,7 @@ use crate::tensor::{Device, Dtype, Kind, Placement, Tensor};
 /// `x · weightᵀ + bias`.
 pub(super) struct Linear {
     weight: Box<dyn Product>,
-    bias: Option<Tensor>,
+    bias: Option<Fixed>,
     /// How the weight is held, if not as floats.
     scheme: Option<Scheme>,
 }
@@ -67,17 +68,17 @@ impl Linear {
             Matrix::Halves(_) | Matrix::Blocks(_) => (None, compact(&weight, placement)?),
             Matrix::Quantized(weight) => quantized(weight, placement)?,
         };
-        Ok(Self { weight, bias, scheme })
+        Ok(Self { weight, bias: bias.map(Fixed::of), scheme })
     }
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        self.weight.product(x, self.bias.as_ref())
+        self.weight.product(x, self.bias.as_deref())
     }
 
     /// [`Linear::forward`] among other kernels' turns, if it can.
     pub fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
         self.weight.turn(x, out, turns)?;
-        self.bias.as_ref().map_or(Some(()), |bias| pointwise::add_bias(out, bias, turns))
+        self.bias.as_ref().map_or(Some(()), |bias| pointwise::add_bias(out, bias.rows()?, turns))
     }
 
     pub fn scheme(&self) -> Option<Scheme> {
@@ -90,7 +91,7 @@ impl Linear {
 
     /// Bytes of weights and bias.
     pub fn bytes(&self) -> usize {
-        self.weight.bytes() + self.bias.as_ref().map_or(0, bytes)
+        self.weight.bytes() + self.bias.as_deref().map_or(0, bytes)
     }
 }
 

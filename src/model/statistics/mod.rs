@@ -123,7 +123,11 @@ impl Ledger {
         let own = |part: &Part| part.conditions.proposal.is_none();
         for run in parts.chunk_by(|a, b| a.at + a.rows == b.at && own(a) == own(b)) {
             let (Some(first), rows) = (run.first(), run.iter().map(|part| part.rows).sum::<usize>()) else { continue };
-            let found = if own(first) { rows_apart(&logits.f_narrow(0, first.at as i64, rows as i64)?, run)? } else { None };
+            let found = match own(first) {
+                false => None,
+                true if logits.size().first() == Some(&(rows as i64)) => rows_apart(logits, run)?,
+                true => rows_apart(&logits.f_narrow(0, first.at as i64, rows as i64)?, run)?,
+            };
             match found {
                 Some(found) => self.known.extend(found),
                 None => {

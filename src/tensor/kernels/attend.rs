@@ -271,6 +271,7 @@ mod tests {
     use tch::Device;
 
     use crate::tensor::kernels::attention::{Seen, Shared, Slots, Span, attention};
+    use crate::tensor::kernels::fixed::Fixed;
     use crate::tensor::{Kind, Tensor};
 
     const SLOTS: i64 = 90;
@@ -280,14 +281,15 @@ mod tests {
         dim: i64,
         kind: Kind,
         qkv: Tensor,
-        angles: (Tensor, Tensor),
+        angles: (Fixed, Fixed),
     }
 
     impl Given {
         fn new(dim: i64, kind: Kind) -> Self {
             let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
             let turn = random(&[SLOTS, dim]);
-            Self { dim, kind, qkv: random(&[SLOTS, 8 * dim]).to_kind(kind), angles: (turn.cos(), turn.sin()) }
+            let angles = (Fixed::of(turn.cos()), Fixed::of(turn.sin()));
+            Self { dim, kind, qkv: random(&[SLOTS, 8 * dim]).to_kind(kind), angles }
         }
 
         fn cache(&self) -> Tensor {

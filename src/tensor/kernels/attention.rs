@@ -13,6 +13,7 @@ use tch::TchError;
 
 use super::attend::{Place, Room, ask};
 use super::attention_split;
+use super::fixed::Fixed;
 use super::lanes::{Lanes, Stored};
 use super::pointwise::normalise;
 use super::turns::{Rows, Turns};
@@ -35,10 +36,10 @@ pub struct Shared<'a> {
     pub kv_heads: usize,
     pub dim: usize,
     /// Cosines and sines of all positions, `[positions, dim]` each, f32, and the position of every row.
-    pub angles: (&'a Tensor, &'a Tensor),
+    pub angles: (&'a Fixed, &'a Fixed),
     pub positions: &'a [usize],
     /// RMSNorm over each head of queries and of keys, `[dim]`, and its epsilon.
-    pub norms: Option<(&'a Tensor, &'a Tensor)>,
+    pub norms: Option<(&'a Fixed, &'a Fixed)>,
     pub eps: f64,
 }
 
@@ -173,14 +174,12 @@ pub fn attend(shared: &Shared, qkv: Rows, out: Rows, spans: &[Span], turns: &mut
         let alike = span.slots.kind == kind && span.slots.kv_heads == kv_heads && span.slots.dim == dim;
         alike && sees && span.start + span.rows.len() <= capacity && span.rows.end <= qkv.count
     };
-    let table = |table: &Tensor| Rows::of(table).filter(|table| !table.half && table.width == dim);
+    let table = |table: &Fixed| table.rows().filter(|table| !table.half && table.width == dim);
     let (cos, sin) = (table(shared.angles.0)?, table(shared.angles.1)?);
     let turned = positions.len() == qkv.count && positions.iter().all(|position| *position < cos.count.min(sin.count));
-    let norm = |norm: Option<&Tensor>| match norm {
+    let norm = |norm: Option<&Fixed>| match norm {
         None => Some(std::ptr::null()),
-        Some(norm) => {
-            Rows::of(norm).filter(|norm| norm.half == qkv.half && norm.width == dim).map(|norm| norm.data.cast_const())
-        }
+        Some(norm) => norm.rows().filter(|norm| norm.half == qkv.half && norm.width == dim).map(|norm| norm.data.cast_const()),
     };
     let (query_norm, key_norm) = (norm(shared.norms.map(|norms| norms.0))?, norm(shared.norms.map(|norms| norms.1))?);
     let widths = qkv.width == (heads + 2 * kv_heads) * dim && out.width == heads * dim;

@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use tch::TchError;
 
+use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes, Stored};
 use super::pointwise::widen;
 use super::strips::{Part, Strips};
@@ -43,10 +44,11 @@ pub enum Form {
 pub struct Narrow {
     form: Form,
     /// Lines of 32 bytes, or of 16 where two inputs share a byte, interleaved by `strips`.
-    data: Tensor,
+    data: Fixed,
     strips: Strips,
     /// `[panels, groups, 16]`.
-    scales: Tensor,
+    scales: Fixed,
+    groups: usize,
     /// Inputs of a group.
     group: usize,
     inputs: usize,
@@ -99,7 +101,8 @@ impl Narrow {
             if cut > 1 { scales.f_repeat_interleave_self_int(cut as i64, 1, None::<i64>)? } else { scales.shallow_clone() };
         let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
         let scales = scales.f_view([panels, panel, -1])?.f_transpose(1, 2)?.f_contiguous()?;
-        Ok(Some(Self { form, data, strips, scales, group, inputs: inputs as usize, outputs: outputs as usize }))
+        let (groups, data, scales) = (scales.size()[1] as usize, Fixed::of(data), Fixed::of(scales));
+        Ok(Some(Self { form, data, strips, scales, groups, group, inputs: inputs as usize, outputs: outputs as usize }))
     }
 
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
@@ -149,10 +152,10 @@ impl Narrow {
         Product {
             form: self.form,
             input,
-            weight: self.data.data_ptr().cast(),
+            weight: self.data.address().cast(),
             strips: self.strips,
-            scales: self.scales.data_ptr().cast(),
-            groups: self.scales.size()[1] as usize,
+            scales: self.scales.address().cast(),
+            groups: self.groups,
             group: self.group / 2,
             out,
             half,

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use tch::TchError;
 
+use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes};
 use super::packed::{self, BLOCK, PARALLEL_FROM, TILE};
 use super::product::Single;
@@ -31,7 +32,7 @@ const GROUPS: [usize; 2] = [32, 16];
 pub struct Compact {
     form: Form,
     /// `[panels, groups]` records, interleaved by `strips`: scales, minima, then lines of codes.
-    data: Tensor,
+    data: Fixed,
     strips: Strips,
     inputs: usize,
     outputs: usize,
@@ -106,7 +107,7 @@ impl Compact {
     /// `records: [panels, groups, bytes]`.
     fn new(form: Form, records: &Tensor, inputs: i64, outputs: i64) -> Result<Self, TchError> {
         let strips = Strips::of(records.size()[0] as usize);
-        let data = strips.interleave(records)?;
+        let data = Fixed::of(strips.interleave(records)?);
         Ok(Self { form, data, strips, inputs: inputs as usize, outputs: outputs as usize })
     }
 
@@ -161,7 +162,7 @@ impl Compact {
             paired: false,
             wide: false,
         };
-        Product { form: self.form, records: self.data.data_ptr().cast(), dense }
+        Product { form: self.form, records: self.data.address().cast(), dense }
     }
 }
 

@@ -13,6 +13,7 @@ use std::sync::LazyLock;
 use tch::TchError;
 
 use super::codes::write;
+use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes, Stored};
 use super::packed::SMALL_PARALLEL_FROM;
 use super::strips::{Part, Strips};
@@ -63,10 +64,11 @@ impl Width {
 pub struct Integers {
     width: Width,
     /// Lines of 64 bytes, interleaved by `strips`.
-    data: Tensor,
+    data: Fixed,
     strips: Strips,
     /// `[panels, groups, 16]`, or `[panels, 1, 16]` where an output has one.
-    scales: Tensor,
+    scales: Fixed,
+    scaled: bool,
     /// Inputs of a group, whose sum is by itself.
     group: usize,
     /// Whether a row has a scale for each group of its numbers.
@@ -117,7 +119,9 @@ impl Integers {
         let scales = scales.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, 0, 0, panels * panel - outputs])?;
         let scales = scales.f_view([panels, panel, groups])?.f_transpose(1, 2)?.f_contiguous()?;
         let (group, apart) = (wanted.min(length as usize).next_multiple_of(line), apart.is_some());
-        Ok(Some(Self { width, data, strips, scales, group, apart, inputs: inputs as usize, outputs: outputs as usize }))
+        let (data, scales, scaled) = (Fixed::of(data), Fixed::of(scales), groups > 1);
+        let (inputs, outputs) = (inputs as usize, outputs as usize);
+        Ok(Some(Self { width, data, strips, scales, scaled, group, apart, inputs, outputs }))
     }
 
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
@@ -209,10 +213,10 @@ impl Integers {
             input: codes,
             input_scales: scales,
             input_sums: sums,
-            weight: self.data.data_ptr().cast(),
+            weight: self.data.address().cast(),
             strips: self.strips,
-            weight_scales: self.scales.data_ptr().cast(),
-            scaled: self.scales.size()[1] > 1,
+            weight_scales: self.scales.address().cast(),
+            scaled: self.scaled,
             out,
             half,
             rows,

@@ -15,6 +15,7 @@ pub mod attention;
 mod attention_split;
 pub mod codes;
 pub mod compact;
+pub mod fixed;
 pub mod integers;
 mod lanes;
 pub mod linear;

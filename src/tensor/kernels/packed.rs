@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use tch::TchError;
 
+use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes, Stored};
 use super::pointwise::widen;
 use super::product::{Format, PAIRED, Single, Wide};
@@ -34,7 +35,7 @@ pub(super) const SMALL_PARALLEL_FROM: usize = 1024 * 1024;
 #[derive(Debug)]
 pub struct Packed {
     /// Lines of sixteen numbers, or of sixteen pairs, interleaved by `strips`.
-    data: Tensor,
+    data: Fixed,
     strips: Strips,
     kind: Kind,
     inputs: usize,
@@ -58,6 +59,7 @@ impl Packed {
         let lines =
             full.f_view([panels, panel, units, unit])?.f_permute([0, 2, 1, 3])?.f_reshape([panels, units, panel * unit])?;
         let data = strips.interleave(&lines)?;
+        let data = Fixed::of(data);
         Ok(Some(Self { data, strips, kind: weight.kind(), inputs: inputs as usize, outputs: outputs as usize, paired }))
     }
 
@@ -117,7 +119,7 @@ impl Packed {
     fn kernel(&self, input: *const c_void, out: *mut c_void, rows: usize) -> Product {
         Product {
             input,
-            weight: self.data.data_ptr(),
+            weight: self.data.address(),
             strips: self.strips,
             out,
             rows,
@@ -408,7 +410,7 @@ mod tests {
         let out = Tensor::zeros([13, 77], (Kind::Float, Device::Cpu));
         let product = Product {
             input: x.data_ptr(),
-            weight: packed.data.data_ptr(),
+            weight: packed.data.address(),
             strips: packed.strips,
             out: out.data_ptr(),
             rows: 13,

@@ -21,20 +21,28 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Option<Tensor>,
         return Ok(None);
     }
     let out = Tensor::f_empty(x.size(), (x.kind(), tch::Device::Cpu))?;
-    let norm = Rows::of(x).zip(Rows::of(&out)).and_then(|(x, out)| Norm::of_rows(x, None, weight, eps, out));
-    let Some(norm) = norm else { return Ok(None) };
+    let all = || Norm::of_rows(Rows::of(x)?, None, Rows::of(weight)?, eps, Rows::of(&out)?);
+    let Some(norm) = all() else { return Ok(None) };
     // SAFETY: contiguous tensors of these sizes and types, which outlive the call.
     unsafe { launch(&norm, norm.rows > 1 && x.numel() >= 4 * PARALLEL_FROM) };
     Ok(Some(out))
 }
 
+/// Rows of `table` into `out`, one for each of `tokens`; `None` if there are no such rows.
+pub fn embed(table: Rows, tokens: &[i64], out: Rows, turns: &mut Turns) -> Option<()> {
+    let known = |token: &i64| usize::try_from(*token).is_ok_and(|token| token < table.count);
+    let fits = table.half == out.half && table.width == out.width && tokens.len() == out.count && tokens.iter().all(known);
+    let parallel = out.count > 1 && out.numbers() >= TURN_FROM;
+    fits.then(|| turns.push(Embedded { table, tokens: tokens.to_vec(), out }, parallel))
+}
+
 /// [`rms_norm`] into `out`.
-pub fn norm(x: Rows, weight: &Tensor, eps: f64, out: Rows, turns: &mut Turns) -> Option<()> {
+pub fn norm(x: Rows, weight: Rows, eps: f64, out: Rows, turns: &mut Turns) -> Option<()> {
     push_norm(Norm::of_rows(x, None, weight, eps, out)?, turns)
 }
 
 /// Adds `more` to `x`, and the sum's [`rms_norm`] into `out`.
-pub fn add_norm(x: Rows, more: Rows, weight: &Tensor, eps: f64, out: Rows, turns: &mut Turns) -> Option<()> {
+pub fn add_norm(x: Rows, more: Rows, weight: Rows, eps: f64, out: Rows, turns: &mut Turns) -> Option<()> {
     x.beside(&more).filter(|()| more.width == x.width)?;
     push_norm(Norm::of_rows(x, Some(more), weight, eps, out)?, turns)
 }
@@ -46,8 +54,8 @@ fn push_norm(norm: Norm, turns: &mut Turns) -> Option<()> {
 }
 
 /// Adds `bias: [width]` to every row of `x`.
-pub fn add_bias(x: Rows, bias: &Tensor, turns: &mut Turns) -> Option<()> {
-    let bias = Rows::of(bias).filter(|bias| bias.count == 1 && bias.width == x.width && bias.half == x.half)?;
+pub fn add_bias(x: Rows, bias: Rows, turns: &mut Turns) -> Option<()> {
+    (bias.count == 1 && bias.width == x.width && bias.half == x.half).then_some(())?;
     let parallel = x.count > 1 && x.numbers() >= TURN_FROM;
     turns.push(Bias { x, bias }, parallel);
     Some(())
@@ -88,6 +96,26 @@ pub(super) fn widen(x: Rows, turns: &mut Turns) -> *const f32 {
     out
 }
 
+struct Embedded {
+    table: Rows,
+    tokens: Vec<i64>,
+    out: Rows,
+}
+
+impl Kernel for Embedded {
+    #[inline(always)]
+    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
+        let Self { table, tokens, out } = self;
+        let bytes = table.width * if table.half { size_of::<u16>() } else { size_of::<f32>() };
+        for row in tokens.len() * thread / threads..tokens.len() * (thread + 1) / threads {
+            unsafe {
+                let from = table.data.cast::<u8>().add(tokens[row] as usize * bytes);
+                std::ptr::copy_nonoverlapping(from, out.data.cast::<u8>().add(row * bytes), bytes);
+            }
+        }
+    }
+}
+
 struct Norm {
     /// `[rows, width]`; what is added to it first is of the same shape, or null.
     x: *mut c_void,
@@ -101,9 +129,8 @@ struct Norm {
 }
 
 impl Norm {
-    fn of_rows(x: Rows, more: Option<Rows>, weight: &Tensor, eps: f64, out: Rows) -> Option<Self> {
-        let weight = Rows::of(weight).filter(|weight| weight.count == 1 && weight.half == x.half)?;
-        x.beside(&out)?;
+    fn of_rows(x: Rows, more: Option<Rows>, weight: Rows, eps: f64, out: Rows) -> Option<Self> {
+        x.beside(&out).filter(|()| weight.count == 1 && weight.half == x.half)?;
         let more = more.map_or(std::ptr::null(), |more| more.data.cast_const());
         let Rows { data, count: rows, width, half } = x;
         (weight.width == width && out.width == width).then_some(Self {

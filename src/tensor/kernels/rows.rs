@@ -31,13 +31,16 @@ pub fn each<T: Send>(logits: &Tensor, work: impl Fn(usize, &mut [f32]) -> T) -> 
     }
     let stored = Stores { logits: logits.data_ptr().cast_const().cast(), half: logits.kind() == Kind::BFloat16 };
     let several = |range: Range<usize>| -> Vec<T> {
-        let mut numbers = vec![0f32; vocab];
+        let mut numbers = NUMBERS.take();
+        numbers.resize(vocab, 0.0);
         let one = |row| {
             // SAFETY: contiguous logits of this size and type, which outlive the call.
             unsafe { stored.read(row, &mut numbers) };
             work(row, &mut numbers)
         };
-        range.map(one).collect()
+        let found = range.map(one).collect();
+        NUMBERS.set(numbers);
+        found
     };
     let threads = tch::get_num_threads().max(1) as usize;
     if rows < 2 || threads < 2 || rows * vocab < PARALLEL_FROM {
@@ -47,6 +50,11 @@ pub fn each<T: Send>(logits: &Tensor, work: impl Fn(usize, &mut [f32]) -> T) -> 
     // SAFETY: the parts read the same logits, which nobody writes to.
     let found = unsafe { side_by_side(parts, |part| several(rows * part / parts..rows * (part + 1) / parts)) };
     Ok(Some(found.into_iter().flatten().collect()))
+}
+
+thread_local! {
+    /// Room for a row, which would take as long to make as to read.
+    static NUMBERS: RefCell<Vec<f32>> = const { RefCell::new(vec![]) };
 }
 
 struct Stores {

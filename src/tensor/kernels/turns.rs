@@ -45,6 +45,18 @@ impl Rows {
         (self.count == other.count && self.half == other.half).then_some(())
     }
 
+    /// As many rows of each of these widths, which are together as wide: first all of the first, then all of the next.
+    pub fn cut<const N: usize>(self, widths: [usize; N]) -> [Self; N] {
+        debug_assert_eq!(widths.iter().sum::<usize>(), self.width);
+        let size = if self.half { size_of::<u16>() } else { size_of::<f32>() };
+        let mut from = 0;
+        widths.map(|width| {
+            let data = self.data.wrapping_byte_add(from);
+            from += self.count * width * size;
+            Self { data, width, ..self }
+        })
+    }
+
     pub(super) fn numbers(&self) -> usize {
         self.count * self.width
     }
