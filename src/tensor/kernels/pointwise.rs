@@ -107,9 +107,10 @@ impl Kernel for Embedded {
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
         let Self { table, tokens, out } = self;
         let bytes = table.width * if table.half { size_of::<u16>() } else { size_of::<f32>() };
-        for row in tokens.len() * thread / threads..tokens.len() * (thread + 1) / threads {
+        let rows = tokens.len() * thread / threads..tokens.len() * (thread + 1) / threads;
+        for (row, token) in rows.clone().zip(&tokens[rows]) {
             unsafe {
-                let from = table.data.cast::<u8>().add(tokens[row] as usize * bytes);
+                let from = table.data.cast::<u8>().add(*token as usize * bytes);
                 std::ptr::copy_nonoverlapping(from, out.data.cast::<u8>().add(row * bytes), bytes);
             }
         }
