@@ -80,7 +80,7 @@ impl Plan {
         if checkpoint.files.quantization().is_some() {
             return Err(format!("{} is quantised already: name the model that it was made of", checkpoint.path.display()));
         }
-        let mut scheme = scheme;
+        let mut scheme = scheme.storable();
         if let Sharing::Group(_) = scheme.sharing {
             let length = group_length(config, group)?;
             scheme.sharing = Sharing::Group(length);
@@ -143,7 +143,7 @@ fn head_scheme(scheme: Scheme) -> Scheme {
     match scheme.activations {
         Activations::Kept => Scheme::INT8_WEIGHT_ONLY,
         Activations::Rows => Scheme::INT8_DYNAMIC,
-        Activations::Groups(_) => Scheme::INT8,
+        Activations::Groups(_) | Activations::Mixed(_) => Scheme::INT8.storable(),
     }
 }
 

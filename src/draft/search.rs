@@ -48,7 +48,7 @@ enum Matrix {
 impl Small {
     fn of(weight: &Tensor, bias: Option<&Tensor>) -> Option<Self> {
         let whole = || {
-            let Quantized { codes, scales, .. } = Quantized::of(weight, Scheme::INT8).ok()?;
+            let Quantized { codes, scales, .. } = Quantized::of(weight, Scheme::INT8_DYNAMIC).ok()?;
             Integers::of(Width::Eight, &codes, &scales, codes.size()[1] as usize, Some(GROUP)).ok()?
         };
         let matrix = match VECTORS.then(whole).flatten() {

@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use super::blocks::Blocks;
 use super::{ModelError, Source, TensorSpec};
+use crate::tensor::kernels::rounding::MIXED;
 use crate::tensor::{Kind, Tensor};
 
 /// What a weight is stored as.
@@ -61,6 +62,9 @@ pub enum Activations {
     Rows,
     /// Likewise, by the largest of so many numbers side by side.
     Groups(usize),
+    /// Likewise, once [`mixed`]: what is far larger than its neighbours no longer costs them their codes. Weights are mixed before they are
+    /// rounded, too, so that the product stays what it was.
+    Mixed(usize),
 }
 
 /// How a matrix is quantised.
@@ -72,8 +76,8 @@ pub struct Scheme {
 }
 
 impl Scheme {
-    /// With a scale for 64 of a row's numbers: what one of them has that is large costs only its neighbours (docs/LOG.md).
-    pub const INT8: Self = Self { codes: Codes::Int8, sharing: Sharing::Row, activations: Activations::Groups(64) };
+    /// With a scale for 64 of a row's numbers, which are mixed before: it loses less than half of what rounding alone does (docs/LOG.md).
+    pub const INT8: Self = Self { codes: Codes::Int8, sharing: Sharing::Row, activations: Activations::Mixed(64) };
     /// With a scale for a whole row, as most tools have it, and operators of GPUs.
     pub const INT8_DYNAMIC: Self = Self { activations: Activations::Rows, ..Self::INT8 };
     pub const INT8_WEIGHT_ONLY: Self = Self { activations: Activations::Kept, ..Self::INT8 };
@@ -104,6 +108,19 @@ impl Scheme {
         }
     }
 
+    /// What of it a checkpoint can say: the conventions have no word for mixed numbers that every tool would know.
+    pub fn storable(self) -> Self {
+        match self.activations {
+            Activations::Mixed(length) => Self { activations: Activations::Groups(length), ..self },
+            _ => self,
+        }
+    }
+
+    /// Without mixing where a matrix's inputs are no whole sixteens.
+    fn for_inputs(self, inputs: usize) -> Self {
+        if inputs.is_multiple_of(MIXED) { self } else { self.storable() }
+    }
+
     /// The scheme for a vocabulary head beside this one: its rows decide between tokens and are few bytes of all but the smallest
     /// models, so that it keeps eight bits.
     pub fn for_head(self) -> Self {
@@ -131,6 +148,7 @@ impl fmt::Display for Scheme {
             Activations::Kept => f.write_str("-weight-only"),
             Activations::Rows => f.write_str("-dynamic"),
             Activations::Groups(length) => write!(f, "-dynamic-{length}"),
+            Activations::Mixed(length) => write!(f, "-hadamard-{length}"),
         }
     }
 }
@@ -167,6 +185,7 @@ fn spelt(name: &str) -> Option<Scheme> {
         ("weight", Some("only")) => Activations::Kept,
         ("dynamic", None) => Activations::Rows,
         ("dynamic", Some(group)) => Activations::Groups(length(group)?),
+        ("hadamard", Some(group)) if codes != Codes::E4m3 => Activations::Mixed(length(group)?),
         _ => return None,
     };
     parts.next().is_none().then_some(Scheme { codes, sharing, activations })
@@ -189,11 +208,13 @@ impl Quantized {
     /// `weight: [outputs, inputs]` in `scheme`. Scales hold the largest weight, those of int4 whatever gives the least squared error.
     pub fn of(weight: &Tensor, scheme: Scheme) -> Result<Self, ModelError> {
         let (outputs, inputs) = weight.size2()?;
+        let scheme = scheme.for_inputs(inputs as usize);
         let (rows, columns) = scheme.grid(inputs as usize);
         let (rows, columns) = (rows as i64, columns as i64);
         let (down, across) = ((outputs + rows - 1) / rows, (inputs + columns - 1) / columns);
-        let full =
-            weight.f_to_kind(Kind::Float)?.f_constant_pad_nd([0, across * columns - inputs, 0, down * rows - outputs])?;
+        let weight = weight.f_to_kind(Kind::Float)?;
+        let weight = if let Activations::Mixed(_) = scheme.activations { mixed(&weight)? } else { weight };
+        let full = weight.f_constant_pad_nd([0, across * columns - inputs, 0, down * rows - outputs])?;
         // Those that share a scale, side by side.
         let shared =
             full.f_view([down, rows, across, columns])?.f_permute([0, 2, 1, 3])?.f_reshape([down, across, rows * columns])?;
@@ -237,7 +258,9 @@ impl Quantized {
             1 => scales,
             _ => scales.f_repeat_interleave_self_int(columns as i64, 1, None::<i64>)?.f_narrow(1, 0, self.inputs() as i64)?,
         };
-        Ok(self.codes.f_to_kind(Kind::Float)?.f_mul(&scales)?.f_to_kind(kind)?)
+        let weight = self.codes.f_to_kind(Kind::Float)?.f_mul(&scales)?;
+        let weight = if let Activations::Mixed(_) = self.scheme.activations { mixed(&weight)? } else { weight };
+        Ok(weight.f_to_kind(kind)?)
     }
 
     /// `x · weightᵀ` by definition, `[..., inputs]` to `[..., outputs]` in f32: what every way of computing it is held to.
@@ -306,12 +329,24 @@ pub fn round_rows(x: &Tensor, codes: Codes) -> Result<(Tensor, Tensor), ModelErr
     Ok((encode(&x.f_div(&scales)?, codes)?, scales))
 }
 
+/// `x: [..., inputs]` in f32, each sixteen numbers times a Hadamard matrix, which is its own inverse. To the bit as [`mod@crate::tensor::kernels::rounding`] does it.
+pub fn mixed(x: &Tensor) -> Result<Tensor, ModelError> {
+    let mut mixed = x.shallow_clone();
+    for by in (0..MIXED.ilog2()).map(|at| 1 << at) {
+        let pairs = mixed.f_reshape([-1, 2, by])?;
+        let (first, second) = (pairs.f_select(1, 0)?, pairs.f_select(1, 1)?);
+        mixed = Tensor::f_stack(&[first.f_add(&second)?, first.f_sub(&second)?], 1)?;
+    }
+    Ok(mixed.f_mul_scalar(1.0 / (MIXED as f64).sqrt())?.f_reshape(x.size())?)
+}
+
 /// `x: [..., inputs]` after the rounding of `scheme`, in f32.
 pub fn rounded(x: &Tensor, scheme: Scheme) -> Result<Tensor, ModelError> {
     let back = |(codes, scales): (Tensor, Tensor)| Ok::<_, ModelError>(codes.f_to_kind(Kind::Float)?.f_mul(&scales)?);
     match scheme.activations {
         Activations::Kept => Ok(x.f_to_kind(Kind::Float)?),
         Activations::Rows => back(round_rows(x, scheme.codes)?),
+        Activations::Mixed(_) => mixed(&rounded(&mixed(&x.f_to_kind(Kind::Float)?)?, scheme.storable())?),
         Activations::Groups(length) => {
             let (shape, inputs) = (x.size(), x.size().last().copied().unwrap_or(0));
             let missing = (length as i64 - inputs % length as i64) % length as i64;

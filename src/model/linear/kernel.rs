@@ -24,11 +24,19 @@ pub(super) fn form(weight: &Quantized, placement: Placement) -> Result<Option<Bo
         Sharing::Group(length) | Sharing::Block(length) => length,
     };
     let scales = weight.scales_by_row()?;
-    let apart = if let Activations::Groups(length) = activations { Some(length) } else { None };
+    let (apart, mixed) = match activations {
+        Activations::Kept | Activations::Rows => (None, false),
+        Activations::Groups(length) => (Some(length), false),
+        Activations::Mixed(length) => (Some(length), true),
+    };
     if let (Some(width), true) = (width, activations != Activations::Kept)
         && let Some(found) = Integers::of(width, &weight.codes, &scales, group, apart)?
+        && let Some(found) = if mixed { found.mixed() } else { Some(found) }
     {
         return Ok(Some(Box::new(found)));
+    }
+    if mixed {
+        return Ok(None);
     }
     let narrow = Narrow::of(form, &weight.codes, &scales, group)?;
     Ok(narrow.map(|narrow| Box::new(Widened { weight: narrow, scheme: weight.scheme }) as _))

@@ -297,6 +297,7 @@ mod tests {
             Scheme { activations: Activations::Groups(64), ..Scheme::INT8 },
             Scheme { sharing: Sharing::Group(32), activations: Activations::Groups(32), ..Scheme::INT8 },
             Scheme { activations: Activations::Groups(64), ..Scheme::INT4 },
+            Scheme { activations: Activations::Mixed(64), ..Scheme::INT4 },
         ];
         Scheme::NAMED.iter().map(|(_, scheme)| *scheme).chain(others).collect()
     }
@@ -319,6 +320,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_number_far_larger_than_its_neighbours_costs_them_little_once_mixed() {
+        let (x, weight) = (random(&[64, 256]), random(&[96, 256]));
+        let _ = x.narrow(1, 7, 1).g_mul_scalar_(60.0);
+        let exact = x.matmul(&weight.transpose(0, 1));
+        let loss = |scheme: Scheme| {
+            let rounded = Quantized::of(&weight, scheme).unwrap();
+            let share = |lost: Tensor, of: &Tensor| f64::try_from(lost.norm() / of.norm()).unwrap();
+            assert!(share(rounded.dequantized(Kind::Float).unwrap() - &weight, &weight) < 0.02, "{scheme}: other weights");
+            share(rounded.product(&x).unwrap() - &exact, &exact)
+        };
+        let (mixed, apart) = (loss(Scheme::INT8), loss(Scheme::INT8.storable()));
+        assert!(mixed < 0.6 * apart, "{mixed} and {apart}");
+        let ragged = Quantized::of(&random(&[8, 40]), Scheme::INT8).unwrap();
+        assert_eq!(ragged.scheme, Scheme::INT8.storable(), "no whole sixteens");
+    }
+
+    #[test]
+    fn schemes_are_read_as_they_are_written() {
+        for scheme in schemes().into_iter().chain([Scheme::INT8.storable()]) {
+            assert_eq!(scheme.to_string().parse(), Ok(scheme));
+        }
+        assert_eq!("int8-hadamard-64".parse(), Ok(Scheme::INT8));
+        assert!("fp8-hadamard-64".parse::<Scheme>().is_err(), "floats have room for what is large");
     }
 
     /// Whatever libtorch has of operators is the same product, on this device at least.

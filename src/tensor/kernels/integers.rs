@@ -4,7 +4,7 @@
 //! as in [`super::packed`], sixteen outputs side by side, but four inputs at a time, which is what one instruction (AVX-512 VNNI)
 //! multiplies and adds. It takes one factor without a sign: that is the weight, 128 (or 8) more than it means, for which as many times
 //! the row's sum is taken off again; `words` has what CPUs without the instruction do. Weights of a group share a scale for each output,
-//! by which the group's sum is multiplied.
+//! by which the group's sum is multiplied. How rows become codes is `rounding`'s.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -14,8 +14,9 @@ use tch::TchError;
 
 use super::codes::write;
 use super::fixed::Fixed;
-use super::lanes::{LANES, Lanes, Stored};
+use super::lanes::{LANES, Lanes};
 use super::packed::SMALL_PARALLEL_FROM;
+use super::rounding::{Between, MIXED, Rounding};
 use super::strips::{Part, Strips};
 use super::turns::{Rows, Turns};
 #[cfg(target_arch = "x86_64")]
@@ -29,8 +30,6 @@ const PANEL: usize = LANES;
 const UNIT: usize = 4;
 /// Bytes that are read together: one unit of eight bits for each output of a panel, or two of four.
 const LINE: usize = PANEL * UNIT;
-/// The largest code of a row.
-const LARGEST: f32 = 127.0;
 /// More inputs could overflow a sum of 32 bits.
 const INPUTS_MAX: usize = 1 << 16;
 /// Bytes of rounded input that are gone through together, so that they stay in the second-level cache.
@@ -73,6 +72,8 @@ pub struct Integers {
     group: usize,
     /// Whether a row has a scale for each group of its numbers.
     apart: bool,
+    /// Whether a row is mixed before it is rounded, as the weights were.
+    mixed: bool,
     inputs: usize,
     outputs: usize,
 }
@@ -121,7 +122,12 @@ impl Integers {
         let (group, apart) = (wanted.min(length as usize).next_multiple_of(line), apart.is_some());
         let (data, scales, scaled) = (Fixed::of(data), Fixed::of(scales), groups > 1);
         let (inputs, outputs) = (inputs as usize, outputs as usize);
-        Ok(Some(Self { width, data, strips, scales, scaled, group, apart, inputs, outputs }))
+        Ok(Some(Self { width, data, strips, scales, scaled, group, apart, mixed: false, inputs, outputs }))
+    }
+
+    /// The same for weights whose inputs have been mixed by [`super::rounding`]'s matrix; `None` where rows cannot be.
+    pub fn mixed(self) -> Option<Self> {
+        self.inputs.is_multiple_of(MIXED).then_some(Self { mixed: true, ..self })
     }
 
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
@@ -161,7 +167,13 @@ impl Integers {
         let mut out = vec![0f32; rows * self.outputs];
         let (codes, groups) = self.between(rows);
         let (mut codes, mut scales, mut sums) = (vec![0i8; codes], vec![0f32; groups], vec![0i32; groups]);
-        let between = Between { codes: codes.as_mut_ptr(), scales: scales.as_mut_ptr(), sums: sums.as_mut_ptr() };
+        let mut mixed = vec![0f32; if self.mixed { x.len() } else { 0 }];
+        let between = Between {
+            mixed: if self.mixed { mixed.as_mut_ptr() } else { std::ptr::null_mut() },
+            codes: codes.as_mut_ptr(),
+            scales: scales.as_mut_ptr(),
+            sums: sums.as_mut_ptr(),
+        };
         let (rounding, product) = self.kernels(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, &between);
         // SAFETY: memory of these sizes, which outlives the calls; the second reads what the first has written.
         unsafe {
@@ -181,7 +193,12 @@ impl Integers {
     fn push(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, turns: &mut Turns) {
         turns.reuse();
         let (codes, groups) = self.between(rows);
-        let between = Between { codes: turns.room(codes), scales: turns.room(groups), sums: turns.room(groups) };
+        let between = Between {
+            codes: turns.room(codes),
+            scales: turns.room(groups),
+            sums: turns.room(groups),
+            mixed: if self.mixed { turns.room(rows * self.inputs) } else { std::ptr::null_mut() },
+        };
         let (rounding, product) = self.kernels(x, out, half, rows, &between);
         turns.push(rounding, rows > 1 && rows * self.inputs >= ROUND_PARALLEL_FROM);
         turns.push(product, rows * self.inputs * self.outputs >= PARALLEL_FROM);
@@ -195,7 +212,7 @@ impl Integers {
     /// What rounds the rows, and what multiplies them then.
     fn kernels(&self, x: *const c_void, out: *mut c_void, half: bool, rows: usize, between: &Between) -> (Rounding, Product) {
         let lines = self.inputs.div_ceil(self.width.inputs());
-        let &Between { codes, scales, sums } = between;
+        let &Between { codes, scales, sums, .. } = between;
         let rounding = Rounding {
             input: x,
             half,
@@ -204,9 +221,7 @@ impl Integers {
             stride: lines * self.width.inputs(),
             group: self.group,
             apart: self.apart,
-            codes,
-            scales,
-            sums,
+            to: *between,
         };
         let product = Product {
             width: self.width,
@@ -227,99 +242,6 @@ impl Integers {
         };
         (rounding, product)
     }
-}
-
-/// Where rounded rows are.
-struct Between {
-    codes: *mut i8,
-    scales: *mut f32,
-    sums: *mut i32,
-}
-
-/// Rows to codes, each with a scale of its own.
-struct Rounding {
-    /// `[rows, inputs]`, in bf16 or f32.
-    input: *const c_void,
-    half: bool,
-    rows: usize,
-    inputs: usize,
-    /// Codes of a row, zeros behind the inputs included.
-    stride: usize,
-    /// Inputs of a group.
-    group: usize,
-    /// Whether each group has a scale of its own.
-    apart: bool,
-    codes: *mut i8,
-    /// Of each row's groups, as are the sums of their codes.
-    scales: *mut f32,
-    sums: *mut i32,
-}
-
-impl Kernel for Rounding {
-    #[inline(always)]
-    unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
-        for row in self.rows * thread / threads..self.rows * (thread + 1) / threads {
-            unsafe {
-                if self.half {
-                    self.row::<u16>(row);
-                } else {
-                    self.row::<f32>(row);
-                }
-            }
-        }
-    }
-}
-
-impl Rounding {
-    #[inline(always)]
-    unsafe fn row<T: Stored>(&self, row: usize) {
-        let (input, (codes, rest)) = unsafe {
-            let input = std::slice::from_raw_parts(self.input.cast::<T>().add(row * self.inputs), self.inputs);
-            (input, std::slice::from_raw_parts_mut(self.codes.add(row * self.stride), self.stride).split_at_mut(self.inputs))
-        };
-        rest.fill(0);
-        let first = row * self.inputs.div_ceil(self.group);
-        let whole = if self.apart { 0.0 } else { scale(input) };
-        for (at, (codes, values)) in codes.chunks_mut(self.group).zip(input.chunks(self.group)).enumerate() {
-            let scale = if self.apart { scale(values) } else { whole };
-            // As libtorch would divide, so that the same numbers become the same codes.
-            let divisor = if scale > 0.0 { scale } else { 1.0 };
-            let mut sum = 0i32;
-            for (code, value) in codes.iter_mut().zip(values) {
-                // Adding a number of this size rounds, ties to even, and leaves the whole number in the lowest bits.
-                const WHOLE: f32 = 12_582_912.0;
-                *code = (value.widen() / divisor + WHOLE).to_bits() as u8 as i8;
-                sum += i32::from(*code);
-            }
-            unsafe {
-                *self.scales.add(first + at) = scale;
-                *self.sums.add(first + at) = sum;
-            }
-        }
-    }
-}
-
-/// What the largest of `values` is divided by to become the largest code; not a number if one of them is none.
-#[inline(always)]
-fn scale<T: Stored>(values: &[T]) -> f32 {
-    // Sixteen at a time, so that they become vectors; a number that is none is remembered, as a comparison forgets it.
-    let (lines, rest) = values.as_chunks::<LANES>();
-    let (mut largest, mut broken) = ([0f32; LANES], [0u32; LANES]);
-    for line in lines {
-        for ((largest, broken), value) in largest.iter_mut().zip(&mut broken).zip(line) {
-            let value = value.widen().abs();
-            *largest = if value > *largest { value } else { *largest };
-            *broken |= u32::from(!value.is_finite());
-        }
-    }
-    let mut most = largest.into_iter().fold(0f32, f32::max);
-    let mut any = broken.into_iter().fold(0, |any, broken| any | broken);
-    for value in rest {
-        let value = value.widen().abs();
-        most = most.max(value);
-        any |= u32::from(!value.is_finite());
-    }
-    if any != 0 { f32::NAN } else { most / LARGEST }
 }
 
 /// One product, as plain memory.

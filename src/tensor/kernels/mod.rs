@@ -22,6 +22,7 @@ pub mod linear;
 pub mod packed;
 pub mod pointwise;
 mod product;
+pub mod rounding;
 pub mod rows;
 mod strips;
 pub mod turns;
