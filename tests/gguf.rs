@@ -105,6 +105,13 @@ fn what_is_stored_in_fewer_bytes_is_the_same_network() {
             let (short, long) = (hidden(&open(true), None), hidden(&open(false), None));
             assert_eq!(short.0, long.0, "{name} {dtype:?}");
             assert!(short.1 < long.1, "{name} {dtype:?}");
+            let path = folder.path().join("model.safetensors");
+            let widened: Vec<_> = Tensor::read_safetensors(&path).unwrap();
+            let widened: Vec<_> = widened.into_iter().map(|(name, tensor)| (name, tensor.to_kind(Kind::Float))).collect();
+            Tensor::write_safetensors(&widened, &path).unwrap();
+            // Saved as f32, numbers of bf16 are known by their bits; those of f16 have more.
+            let saved = hidden(&open(true), None);
+            assert_eq!(saved, (long.0, if dtype == Dtype::Bf16 { short.1 } else { long.1 }), "{name} {dtype:?} as f32");
         }
     }
 }

@@ -56,7 +56,7 @@ pub struct WeightFiles {
     entries: BTreeMap<String, Entry>,
     /// Which matrices are stored in fewer bits, if any.
     quantization: Option<Quantization>,
-    /// Whether floats of 16 bits stay so where the network computes in f32: they do not where a cache would keep it all in f32, as then
+    /// Whether floats of 16 bits stay so (or become so, where nothing is lost) where the network computes in f32: they do not where a cache would keep it all in f32, as then
     /// widening costs more than bytes.
     halves: bool,
 }
@@ -199,8 +199,18 @@ impl WeightFiles {
     /// A matrix that stays as it is stored, because nothing is lost by it and a kernel reads it.
     fn kept(&self, spec: &TensorSpec, placement: Placement) -> Option<&Entry> {
         let entry = self.entries.get(&spec.name).filter(|_| placement == Placement::CPU_F32 && spec.shape.len() == 2)?;
-        let halves = || matches!(entry.stored, Stored::Plain(StoredType::BF16 | StoredType::F16)) && self.halves;
-        (matches!(entry.stored, Stored::Blocks(_)) || halves()).then_some(entry)
+        let kept = match entry.stored {
+            Stored::Blocks(_) => true,
+            Stored::Plain(StoredType::BF16 | StoredType::F16) => self.halves,
+            Stored::Plain(StoredType::F32) => self.halves && self.are_bf16(entry),
+            Stored::Plain(_) => false,
+        };
+        kept.then_some(entry)
+    }
+
+    /// Whether every number of f32 is one of bf16's, as of a model that was trained in that and saved as f32. The first one tells nearly always.
+    fn are_bf16(&self, entry: &Entry) -> bool {
+        self.files[entry.file].1[entry.range.clone()].as_chunks().0.iter().all(|[low, high, _, _]| low | high == 0)
     }
 
     /// Types in which tensors are stored, in our names where they have one.
@@ -262,6 +272,7 @@ impl WeightFiles {
         let Some(entry) = self.kept(spec, placement) else { return Ok(None) };
         let Stored::Blocks(block) = entry.stored else {
             let stored = self.stored(&spec.name)?;
+            let stored = if stored.kind() == Kind::Float { stored.f_to_kind(Kind::BFloat16)? } else { stored };
             return if is_finite(&stored)? { Ok(Some(Matrix::Halves(stored))) } else { Err(not_finite(&spec.name)) };
         };
         let Groups { codes, scales, minima } = block.groups(&self.files[entry.file].1[entry.range.clone()]);
