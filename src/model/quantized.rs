@@ -213,7 +213,7 @@ impl Quantized {
         let (rows, columns) = (rows as i64, columns as i64);
         let (down, across) = ((outputs + rows - 1) / rows, (inputs + columns - 1) / columns);
         let weight = weight.f_to_kind(Kind::Float)?;
-        let weight = if let Activations::Mixed(_) = scheme.activations { mixed(&weight)? } else { weight };
+        let weight = if let Activations::Mixed(_) = scheme.activations { mixed_weights(&weight)? } else { weight };
         let full = weight.f_constant_pad_nd([0, across * columns - inputs, 0, down * rows - outputs])?;
         // Those that share a scale, side by side.
         let shared =
@@ -259,7 +259,7 @@ impl Quantized {
             _ => scales.f_repeat_interleave_self_int(columns as i64, 1, None::<i64>)?.f_narrow(1, 0, self.inputs() as i64)?,
         };
         let weight = self.codes.f_to_kind(Kind::Float)?.f_mul(&scales)?;
-        let weight = if let Activations::Mixed(_) = self.scheme.activations { mixed(&weight)? } else { weight };
+        let weight = if let Activations::Mixed(_) = self.scheme.activations { mixed_weights(&weight)? } else { weight };
         Ok(weight.f_to_kind(kind)?)
     }
 
@@ -338,6 +338,12 @@ pub fn mixed(x: &Tensor) -> Result<Tensor, ModelError> {
         mixed = Tensor::f_stack(&[first.f_add(&second)?, first.f_sub(&second)?], 1)?;
     }
     Ok(mixed.f_mul_scalar(1.0 / (MIXED as f64).sqrt())?.f_reshape(x.size())?)
+}
+
+/// Likewise by a product, which is ten times as fast: no bit of a weight depends on who else mixes.
+fn mixed_weights(weight: &Tensor) -> Result<Tensor, ModelError> {
+    let matrix = mixed(&Tensor::f_eye(MIXED as i64, (Kind::Float, weight.device()))?)?;
+    Ok(weight.f_reshape([-1, MIXED as i64])?.f_matmul(&matrix)?.f_reshape(weight.size())?)
 }
 
 /// `x: [..., inputs]` after the rounding of `scheme`, in f32.
