@@ -140,6 +140,8 @@ impl fmt::Display for Scheme {
             Codes::E4m3 => "fp8",
         })?;
         match self.sharing {
+            // Unsaid, it would be the name of one with groups.
+            Sharing::Row if self.codes == Codes::Int4 => f.write_str("-row")?,
             Sharing::Row => {}
             Sharing::Group(length) => write!(f, "-group-{length}")?,
             Sharing::Block(length) => write!(f, "-block-{length}")?,
@@ -176,8 +178,8 @@ fn spelt(name: &str) -> Option<Scheme> {
     };
     // Scales of even groups, and few enough of them.
     let length = |text: &str| text.parse().ok().filter(|length| (8..=65_536).contains(length) && length % 8 == 0);
-    let sharing = match parts.next_if(|part| ["group", "block"].contains(part)) {
-        None => Sharing::Row,
+    let sharing = match parts.next_if(|part| ["row", "group", "block"].contains(part)) {
+        None | Some("row") => Sharing::Row,
         Some("group") => Sharing::Group(length(parts.next()?)?),
         Some(_) => Sharing::Block(length(parts.next()?)?),
     };

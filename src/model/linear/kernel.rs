@@ -3,11 +3,11 @@
 
 use super::{Placement, Product, add, unsuited};
 use crate::model::ModelError;
-use crate::model::quantized::{Activations, Codes, Quantized, Scheme, Sharing, rounded};
+use crate::model::quantized::{Activations, Codes, Quantized, Scheme, Sharing, mixed, rounded};
 use crate::tensor::kernels::codes::{Form, Narrow};
 use crate::tensor::kernels::integers::{Integers, Width};
 use crate::tensor::kernels::turns::{Rows, Turns};
-use crate::tensor::{Device, Dtype, Tensor};
+use crate::tensor::{Device, Dtype, Kind, Tensor};
 
 pub(super) fn form(weight: &Quantized, placement: Placement) -> Result<Option<Box<dyn Product>>, ModelError> {
     if placement.device != Device::Cpu || placement.dtype == Dtype::F16 {
@@ -24,19 +24,16 @@ pub(super) fn form(weight: &Quantized, placement: Placement) -> Result<Option<Bo
         Sharing::Group(length) | Sharing::Block(length) => length,
     };
     let scales = weight.scales_by_row()?;
-    let (apart, mixed) = match activations {
+    let (apart, mixes) = match activations {
         Activations::Kept | Activations::Rows => (None, false),
         Activations::Groups(length) => (Some(length), false),
         Activations::Mixed(length) => (Some(length), true),
     };
     if let (Some(width), true) = (width, activations != Activations::Kept)
         && let Some(found) = Integers::of(width, &weight.codes, &scales, group, apart)?
-        && let Some(found) = if mixed { found.mixed() } else { Some(found) }
+        && let Some(found) = if mixes { found.mixed() } else { Some(found) }
     {
         return Ok(Some(Box::new(found)));
-    }
-    if mixed {
-        return Ok(None);
     }
     let narrow = Narrow::of(form, &weight.codes, &scales, group)?;
     Ok(narrow.map(|narrow| Box::new(Widened { weight: narrow, scheme: weight.scheme }) as _))
@@ -73,6 +70,10 @@ impl Product for Widened {
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, ModelError> {
         let out = match self.scheme.activations {
             Activations::Kept => self.weight.product(x)?,
+            Activations::Mixed(_) => {
+                let rounded = rounded(&mixed(&x.f_to_kind(Kind::Float)?)?, self.scheme.storable())?;
+                self.weight.product(&rounded)?.map(|out| out.f_to_kind(x.kind())).transpose()?
+            }
             _ => self.weight.product(&rounded(x, self.scheme)?)?.map(|out| out.f_to_kind(x.kind())).transpose()?,
         };
         match out {
