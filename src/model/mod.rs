@@ -24,7 +24,7 @@ use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
 use crate::tensor::kernels::{self, fixed::Fixed};
-use crate::tensor::{Dtype, Kind, Placement, TchError, Tensor};
+use crate::tensor::{Device, Dtype, Kind, Placement, TchError, Tensor, pages};
 use family::{Attention, Names};
 use linear::{Linear, bytes, join};
 use quantized::{Matrix, Scheme};
@@ -218,6 +218,14 @@ impl Transformer {
         model.weight_bytes = model.bytes();
         if !model.stays_in_cache() {
             model.linears().for_each(Linear::read_from_memory);
+        }
+        if placement.device == Device::Cpu {
+            let head = match &model.head {
+                Head::Embedding => Some(model.embedding.memory()),
+                Head::Plain(weight) => Some((weight.data_ptr() as usize, bytes(weight))),
+                Head::Packed(_) => None,
+            };
+            pages::enlarge(model.linears().filter_map(|linear| linear.memory()).chain(head));
         }
         Ok(model)
     }

@@ -8,6 +8,7 @@ mod device;
 pub mod flash;
 pub mod kernels;
 mod memory;
+pub mod pages;
 
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -55,6 +55,10 @@ impl Product for Integers {
         Integers::bytes(self)
     }
 
+    fn memory(&self) -> Option<(usize, usize)> {
+        Some(Integers::memory(self))
+    }
+
     fn read_from_memory(&mut self) {
         Integers::read_from_memory(self);
     }
@@ -88,6 +92,10 @@ impl Product for Widened {
 
     fn bytes(&self) -> usize {
         self.weight.bytes()
+    }
+
+    fn memory(&self) -> Option<(usize, usize)> {
+        Some(self.weight.memory())
     }
 
     fn read_from_memory(&mut self) {

@@ -41,6 +41,11 @@ trait Product: Send {
     /// Bytes that it holds.
     fn bytes(&self) -> usize;
 
+    /// Where these begin, and their bytes, if they lie in one piece that stays where it is.
+    fn memory(&self) -> Option<(usize, usize)> {
+        None
+    }
+
     /// Told once of a model whose weights no cache keeps.
     fn read_from_memory(&mut self) {}
 }
@@ -87,6 +92,11 @@ impl Linear {
 
     pub fn read_from_memory(&mut self) {
         self.weight.read_from_memory();
+    }
+
+    /// Where its weights begin, and their bytes, if they lie in one piece.
+    pub fn memory(&self) -> Option<(usize, usize)> {
+        self.weight.memory()
     }
 
     /// Bytes of weights and bias.
@@ -241,6 +251,10 @@ impl Product for Packed {
         Packed::bytes(self)
     }
 
+    fn memory(&self) -> Option<(usize, usize)> {
+        Some(Packed::memory(self))
+    }
+
     fn read_from_memory(&mut self) {
         Packed::read_from_memory(self);
     }
@@ -260,6 +274,10 @@ impl Product for Compact {
 
     fn bytes(&self) -> usize {
         Compact::bytes(self)
+    }
+
+    fn memory(&self) -> Option<(usize, usize)> {
+        Some(Compact::memory(self))
     }
 
     fn read_from_memory(&mut self) {

@@ -110,6 +110,11 @@ impl Narrow {
         self.strips.read_from_memory();
     }
 
+    /// Where the weights begin, and their bytes.
+    pub fn memory(&self) -> (usize, usize) {
+        self.data.memory()
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.data.numel() + self.scales.numel() * size_of::<f32>()

@@ -29,6 +29,11 @@ impl Fixed {
         self.address
     }
 
+    /// Where its bytes begin, and how many there are.
+    pub fn memory(&self) -> (usize, usize) {
+        (self.address as usize, self.tensor.numel() * self.tensor.kind().elt_size_in_bytes())
+    }
+
     /// Its rows, if kernels read them.
     pub fn rows(&self) -> Option<Rows> {
         self.rows

@@ -135,6 +135,11 @@ impl Integers {
         self.strips.read_from_memory();
     }
 
+    /// Where the weights begin, and their bytes.
+    pub fn memory(&self) -> (usize, usize) {
+        self.data.memory()
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.data.numel() + self.scales.numel() * size_of::<f32>()

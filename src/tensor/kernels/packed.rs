@@ -68,6 +68,11 @@ impl Packed {
         self.strips.read_from_memory();
     }
 
+    /// Where the weights begin, and their bytes.
+    pub fn memory(&self) -> (usize, usize) {
+        self.data.memory()
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.data.numel() * self.data.kind().elt_size_in_bytes()
