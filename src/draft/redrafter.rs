@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use super::heads::{Folder, Linear, bytes, spec};
-use super::search::{Narrow, Searched};
+use super::search::Matrices;
 use super::{Context, Draft, Drafter, search};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::ModelConfig;
@@ -248,8 +248,19 @@ impl Redrafter {
         shape: Shape,
         least: f64,
     ) -> Result<Search, ModelError> {
-        let searched = Searched { head: self, narrow: None };
-        match search::search(searched, model, context, root, shape, least.ln() as f32) {
+        self.search_by(Matrices::exact(self).as_ref(), model, context, root, (shape, least))
+    }
+
+    /// By `matrices`, where kernels read all of it.
+    fn search_by(
+        &self,
+        matrices: Option<&Matrices>,
+        model: &Transformer,
+        context: &Tensor,
+        root: u32,
+        (shape, least): (Shape, f64),
+    ) -> Result<Search, ModelError> {
+        match matrices.and_then(|by| search::search(self, by, model, context, root, shape, least.ln() as f32)) {
             Some(found) => Ok(found),
             None => self.search_tensors(model, context, root, shape),
         }
@@ -329,31 +340,27 @@ fn trace(flat: &[i64], steps: &[Tensor], width: usize) -> Vec<Vec<u32>> {
 /// The head's beam search as a drafter.
 pub struct Beams {
     head: Redrafter,
-    narrow: Option<Narrow>,
+    matrices: Option<Matrices>,
 }
 
 impl Beams {
     /// Searches by matrices in fewer bits where that is faster. Guesses may differ from the head's own where two are nearly as good.
     pub fn new(head: Redrafter) -> Self {
-        Self { narrow: Narrow::of(&head), head }
+        Self { matrices: Matrices::narrow(&head), head }
     }
 
     /// Searches by the head's own numbers.
     pub fn exact(head: Redrafter) -> Self {
-        Self { narrow: None, head }
+        Self { matrices: Matrices::exact(&head), head }
     }
 }
 
 impl Drafter for Beams {
     fn draft(&self, context: &Context) -> Result<Draft, ModelError> {
-        let asked = context.asked;
-        let searched = Searched { head: &self.head, narrow: self.narrow.as_ref() };
-        let (root, least) = (context.root(), asked.least.ln() as f32);
-        let found = match search::search(searched, context.model, context.hidden, root, asked.shape, least) {
-            Some(found) => found,
-            None => self.head.search_tensors(context.model, context.hidden, root, asked.shape)?,
-        };
-        let tree = Tree::from_beams(context.root(), found.beams.iter().map(Vec::as_slice));
+        let (asked, root) = (context.asked, context.root());
+        let matrices = self.matrices.as_ref();
+        let found = self.head.search_by(matrices, context.model, context.hidden, root, (asked.shape, asked.least))?;
+        let tree = Tree::from_beams(root, found.beams.iter().map(Vec::as_slice));
         Ok(Draft { tree, proposal: None, forwards: found.steps })
     }
 
@@ -366,6 +373,6 @@ impl Drafter for Beams {
     }
 
     fn bytes(&self) -> usize {
-        self.head.bytes() + self.narrow.as_ref().map_or(0, Narrow::bytes)
+        self.head.bytes() + self.matrices.as_ref().map_or(0, Matrices::bytes)
     }
 }

@@ -1,100 +1,73 @@
 //! ReDrafter's beam search on the CPU without tensors between its products: the head is so small that dispatching operations takes
-//! several times as long as computing them. The same numbers as [`Redrafter::search_tensors`], within rounding.
+//! several times as long as computing them. A step of all beams is one list of kernels. The same numbers as
+//! [`Redrafter::search_tensors`], within rounding.
 
 use super::heads::Linear;
 use super::redrafter::{KEPT, Redrafter, Search};
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::model::Transformer;
 use crate::model::quantized::{Quantized, Scheme};
+use crate::tensor::kernels::fixed::Fixed;
 use crate::tensor::kernels::integers::{Integers, VECTORS, Width};
-use crate::tensor::kernels::linear::{product, row};
+use crate::tensor::kernels::linear::row;
 use crate::tensor::kernels::packed::Packed;
-use crate::tensor::kernels::pointwise::silu;
+use crate::tensor::kernels::pointwise::{activate, add_bias};
+use crate::tensor::kernels::turns::{Rows, Turns};
 use crate::tensor::{Kind, Tensor};
 
 /// Numbers of a row that share a scale, where a matrix is in eight bits.
 const GROUP: usize = 64;
 
-/// Beams that go on: the state of each, its tokens and its score.
-struct Beams {
-    /// `[beams, hidden]`.
-    states: Vec<f32>,
-    tokens: Vec<Vec<u32>>,
-    scores: Vec<f32>,
+/// A head's matrices as the search multiplies by them.
+pub struct Matrices {
+    input: Option<Product>,
+    blocks: Vec<Product>,
+    head: Product,
+    /// `[W U]`, which an embedding and a state are multiplied by side by side.
+    recurrence: Option<Product>,
 }
 
-/// A head's matrices in fewer bits, which then stay in a core's own cache from step to step. Guesses are rounded a little; what becomes of
-/// them is the network's business.
-pub struct Narrow {
-    input: Option<Small>,
-    blocks: Vec<Small>,
-    head: Small,
-    /// `U` and `W`.
-    recurrence: Option<(Small, Small)>,
-}
-
-/// A small product: its matrix in fewer bits, and its bias.
-struct Small {
+/// A matrix, and its bias.
+struct Product {
     matrix: Matrix,
-    bias: Option<Vec<f32>>,
+    bias: Option<Fixed>,
 }
 
-/// In eight bits where there are vectors of such, else in bf16.
 enum Matrix {
+    Whole(Packed),
     Eight(Integers),
-    Sixteen(Packed),
 }
 
-impl Small {
-    fn of(weight: &Tensor, bias: Option<&Tensor>) -> Option<Self> {
-        let whole = || {
+impl Matrices {
+    /// The head's own numbers; `None` where kernels do not read them.
+    pub fn exact(head: &Redrafter) -> Option<Self> {
+        Self::of(head, |weight| Some(Matrix::Whole(Packed::of(&weight.f_to_kind(Kind::Float).ok()?).ok()??)))
+    }
+
+    /// In fewer bits where there are vectors of such, so that they stay in a core's own cache from step to step. Guesses are rounded a
+    /// little; what becomes of them is the network's business.
+    pub fn narrow(head: &Redrafter) -> Option<Self> {
+        let eight = |weight: &Tensor| {
             let Quantized { codes, scales, .. } = Quantized::of(weight, Scheme::INT8_DYNAMIC).ok()?;
-            Integers::of(Width::Eight, &codes, &scales, codes.size()[1] as usize, Some(GROUP)).ok()?
+            let whole = Integers::of(Width::Eight, &codes, &scales, codes.size()[1] as usize, Some(GROUP));
+            whole.ok()?.map(Matrix::Eight)
         };
-        let matrix = match VECTORS.then(whole).flatten() {
-            Some(weight) => Matrix::Eight(weight),
-            None => Matrix::Sixteen(Packed::of(&weight.f_to_kind(Kind::BFloat16).ok()?).ok()??),
-        };
-        let bias = match bias {
-            Some(bias) => Some(plain(bias)?),
-            None => None,
-        };
-        Some(Self { matrix, bias })
+        VECTORS.then(|| Self::of(head, eight)).flatten().or_else(|| Self::exact(head))
     }
 
-    fn product(&self, x: &[f32], rows: usize) -> Option<Vec<f32>> {
-        let mut out = match &self.matrix {
-            Matrix::Eight(weight) => weight.small_product(x, rows),
-            Matrix::Sixteen(weight) => weight.small_product(x, rows),
-        }?;
-        if let Some(bias) = &self.bias {
-            out.chunks_exact_mut(bias.len()).for_each(|out| out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias));
-        }
-        Some(out)
-    }
-
-    fn bytes(&self) -> usize {
-        let matrix = match &self.matrix {
-            Matrix::Eight(weight) => weight.bytes(),
-            Matrix::Sixteen(weight) => weight.bytes(),
+    fn of(head: &Redrafter, matrix: impl Fn(&Tensor) -> Option<Matrix>) -> Option<Self> {
+        let product = |weight: &Tensor, bias: Option<&Tensor>| {
+            let bias = match bias {
+                Some(bias) => Some(Fixed::of(bias.f_to_kind(Kind::Float).ok()?.f_contiguous().ok()?)),
+                None => None,
+            };
+            Some(Product { matrix: matrix(weight)?, bias })
         };
-        matrix + self.bias.as_ref().map_or(0, |bias| size_of_val(&bias[..]))
-    }
-}
-
-/// The numbers of a vector.
-fn plain(vector: &Tensor) -> Option<Vec<f32>> {
-    let mut plain = vec![0f32; vector.numel()];
-    row(&vector.f_view([1, -1]).ok()?, 0, &mut plain)?;
-    Some(plain)
-}
-
-impl Narrow {
-    /// `None` where the kernels are not in use.
-    pub fn of(head: &Redrafter) -> Option<Self> {
-        let linear = |linear: &Linear| Small::of(&linear.weight, linear.bias.as_ref());
+        let linear = |linear: &Linear| product(&linear.weight, linear.bias.as_ref());
+        // The largest first: where kernels do not read it, nothing else is made.
+        let last = product(head.head(), None)?;
         let recurrence = match head.recurrence() {
-            Some((u, w)) => Some((linear(u)?, Small::of(w, None)?)),
+            Some((u, w)) => Some(product(&Tensor::f_cat(&[w, &u.weight], 1).ok()?, u.bias.as_ref())?),
             None => None,
         };
         let input = match head.input() {
@@ -102,138 +75,160 @@ impl Narrow {
             None => None,
         };
         let blocks = head.blocks().iter().map(linear).collect::<Option<_>>()?;
-        Some(Self { input, blocks, head: Small::of(head.head(), None)?, recurrence })
+        Some(Self { input, blocks, head: last, recurrence })
     }
 
     pub fn bytes(&self) -> usize {
-        let pair = self.recurrence.iter().flat_map(|(u, w)| [u, w]);
-        self.input.iter().chain(&self.blocks).chain([&self.head]).chain(pair).map(Small::bytes).sum()
+        self.input.iter().chain(&self.blocks).chain([&self.head]).chain(&self.recurrence).map(Product::bytes).sum()
     }
 }
 
-/// A head, and its matrices in fewer bits if they are to be used.
-#[derive(Clone, Copy)]
-pub struct Searched<'a> {
-    pub head: &'a Redrafter,
-    pub narrow: Option<&'a Narrow>,
+impl Product {
+    /// The product itself, without the bias.
+    fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
+        match &self.matrix {
+            Matrix::Whole(weight) => weight.turn(x, out, turns),
+            Matrix::Eight(weight) => weight.turn(x, out, turns),
+        }
+    }
+
+    /// The bias, if it has one; `None` if kernels do not read it.
+    fn bias(&self) -> Option<Option<Rows>> {
+        self.bias.as_ref().map_or(Some(None), |bias| bias.rows().map(Some))
+    }
+
+    fn bytes(&self) -> usize {
+        let matrix = match &self.matrix {
+            Matrix::Whole(weight) => weight.bytes(),
+            Matrix::Eight(weight) => weight.bytes(),
+        };
+        matrix + self.bias.as_deref().map_or(0, super::heads::bytes)
+    }
 }
 
-/// `x · weightᵀ + bias`, `x: [rows, inputs]`.
-fn times(weight: &Tensor, narrow: Option<&Small>, bias: Option<&Tensor>, x: &[f32], rows: usize) -> Option<Vec<f32>> {
-    narrow.map_or_else(|| product(weight, bias, x, rows), |narrow| narrow.product(x, rows))
-}
-
-/// As [`Redrafter::search_sure`], with a logarithm for the least probability; `None` if weights, table or context are of a kind that
-/// the kernels do not read.
+/// As [`Redrafter::search_sure`], with a logarithm for the least probability; `None` if table or context are of a kind that the kernels
+/// do not read.
 pub fn search(
-    searched: Searched,
+    head: &Redrafter,
+    matrices: &Matrices,
     model: &Transformer,
     context: &Tensor,
     root: u32,
     shape: Shape,
     least: f32,
 ) -> Option<Search> {
-    let head = searched.head;
-    let hidden = head.settings().hidden_size;
-    let mut given = vec![0f32; hidden];
-    row(context, 0, &mut given)?;
-    let mut beams = Beams { states: advance(searched, model, &[root], None)?, tokens: vec![vec![]], scores: vec![0.0] };
+    let mut stage = Stage::new(head, matrices, model, context, shape.width)?;
+    // The beams that go on: what each has chosen, its score, the last choice, and the beam of the step before that it goes on from.
+    let (mut beams, mut scores) = (vec![vec![]], vec![0f32]);
+    let (mut last, mut parents) = (vec![root], vec![]);
     let mut ended: Vec<(Vec<u32>, f32)> = vec![];
     let mut steps = 0;
-    while steps < shape.length {
+    while steps < shape.length && !last.is_empty() {
         steps += 1;
-        let count = beams.scores.len();
-        let logits = logits(searched, &given, &beams.states, count)?;
-        let rows = logits.len() / count;
+        let logits = stage.step(&last, &parents)?;
+        let rows = logits.len() / last.len();
         let mut candidates: Vec<(f32, usize, usize)> = vec![];
         for (beam, logits) in logits.chunks_exact(rows).enumerate() {
             let best = best(logits, shape.width.min(KEPT as usize));
             let total = total(logits, best.first()?.0);
-            let score = |(logit, row): &(f32, usize)| (beams.scores[beam] + logit - total, beam, *row);
-            candidates.extend(best.iter().map(score));
+            candidates.extend(best.iter().map(|(logit, row)| (scores[beam] + logit - total, beam, *row)));
         }
         // Stable: of equal scores the earlier beam's and the better row's counts.
         candidates.sort_by(|a, b| b.0.total_cmp(&a.0));
         candidates.truncate(shape.width);
-        let sure = candidates.partition_point(|candidate| candidate.0 >= least);
-        let unsure = candidates.split_off(sure);
-        for beam in 0..count {
-            let goes_on = |candidates: &[(f32, usize, usize)]| candidates.iter().any(|candidate| candidate.1 == beam);
-            if goes_on(&unsure) && !goes_on(&candidates) {
-                ended.push((std::mem::take(&mut beams.tokens[beam]), beams.scores[beam]));
+        let unsure = candidates.split_off(candidates.partition_point(|candidate| candidate.0 >= least));
+        last = candidates.iter().map(|(_, _, row)| head.token(*row)).collect();
+        parents = candidates.iter().map(|(_, beam, _)| *beam).collect();
+        let tokens = |(parent, token): (&usize, &u32)| [beams[*parent].as_slice(), &[*token]].concat();
+        let longer = parents.iter().zip(&last).map(tokens).collect();
+        for (beam, (tokens, score)) in std::mem::replace(&mut beams, longer).into_iter().zip(scores).enumerate() {
+            if unsure.iter().any(|candidate| candidate.1 == beam) && !parents.contains(&beam) {
+                ended.push((tokens, score));
             }
         }
-        let chosen: Vec<u32> = candidates.iter().map(|(_, _, row)| head.token(*row)).collect();
-        let parents: Vec<usize> = candidates.iter().map(|(_, beam, _)| *beam).collect();
-        let tokens = |(parent, token): (&usize, &u32)| beams.tokens[*parent].iter().copied().chain([*token]).collect();
-        let tokens = parents.iter().zip(&chosen).map(tokens).collect();
-        let states = match steps < shape.length && !chosen.is_empty() {
-            true => {
-                let before: Vec<f32> =
-                    parents.iter().flat_map(|beam| &beams.states[beam * hidden..(beam + 1) * hidden]).copied().collect();
-                advance(searched, model, &chosen, Some(&before))?
-            }
-            false => vec![],
-        };
-        beams = Beams { states, tokens, scores: candidates.iter().map(|candidate| candidate.0).collect() };
-        if chosen.is_empty() {
-            break;
-        }
+        scores = candidates.iter().map(|candidate| candidate.0).collect();
     }
-    let live = beams.tokens.into_iter().zip(beams.scores);
-    let (beams, scores) = live.chain(ended).filter(|(tokens, _)| !tokens.is_empty()).unzip();
+    let all = beams.into_iter().zip(scores).chain(ended);
+    let (beams, scores) = all.filter(|(tokens, _)| !tokens.is_empty()).unzip();
     Some(Search { beams, scores, steps })
 }
 
-/// The next state of each beam.
-fn advance(
-    Searched { head, narrow }: Searched,
-    model: &Transformer,
-    tokens: &[u32],
-    states: Option<&[f32]>,
-) -> Option<Vec<f32>> {
-    let hidden = head.settings().hidden_size;
-    let mut embedded = vec![0f32; tokens.len() * hidden];
-    for (token, embedded) in tokens.iter().zip(embedded.chunks_exact_mut(hidden)) {
-        row(model.embedding(), *token as usize, embedded)?;
-    }
-    let Some((u, w)) = head.recurrence() else {
-        if let Some(states) = states {
-            embedded.iter_mut().zip(states).for_each(|(new, old)| *new += old);
-        }
-        return Some(embedded);
-    };
-    let narrow = narrow.and_then(|narrow| narrow.recurrence.as_ref());
-    let mut next = times(w, narrow.map(|(_, w)| w), None, &embedded, tokens.len())?;
-    let kept = match states {
-        Some(states) => times(&u.weight, narrow.map(|(u, _)| u), u.bias.as_ref(), states, tokens.len())?,
-        // Of the state zero nothing is left but the bias.
-        None => {
-            let bias = match (narrow, &u.bias) {
-                (Some((u, _)), _) => u.bias.clone(),
-                (None, Some(bias)) => Some(plain(bias)?),
-                (None, None) => None,
-            };
-            bias.unwrap_or_else(|| vec![0f32; hidden]).repeat(tokens.len())
-        }
-    };
-    next.iter_mut().zip(kept).for_each(|(next, kept)| *next += kept);
-    silu(&mut next);
-    Some(next)
+/// What lies between a step's products, `[beams, ...]` each.
+struct Stage<'a> {
+    matrices: &'a Matrices,
+    model: &'a Transformer,
+    hidden: usize,
+    exit: usize,
+    /// A beam's last token's embedding, and the head's state before.
+    from: Vec<f32>,
+    /// The network's state, and the head's.
+    x: Vec<f32>,
+    y: Vec<f32>,
+    inner: Vec<f32>,
+    logits: Vec<f32>,
 }
 
-/// `[beams, rows]`.
-fn logits(Searched { head, narrow }: Searched, context: &[f32], states: &[f32], beams: usize) -> Option<Vec<f32>> {
-    let mut x: Vec<f32> = states.chunks_exact(context.len()).flat_map(|state| context.iter().chain(state)).copied().collect();
-    if let Some(input) = head.input() {
-        x = times(&input.weight, narrow.and_then(|narrow| narrow.input.as_ref()), input.bias.as_ref(), &x, beams)?;
+impl<'a> Stage<'a> {
+    fn new(head: &Redrafter, matrices: &'a Matrices, model: &'a Transformer, context: &Tensor, width: usize) -> Option<Self> {
+        let (settings, width) = (head.settings(), width.max(1));
+        let (hidden, exit) = (settings.hidden_size, settings.exit_dim);
+        let mut x = vec![0f32; width * 2 * hidden];
+        let (first, others) = x.split_at_mut(2 * hidden);
+        row(context, 0, &mut first[..hidden])?;
+        others.chunks_exact_mut(2 * hidden).for_each(|x| x.copy_from_slice(first));
+        let numbers = |each: usize| vec![0f32; width * each];
+        let (from, y, inner) = (numbers(2 * hidden), numbers(exit), numbers(hidden.max(exit)));
+        Some(Self { matrices, model, hidden, exit, from, x, y, inner, logits: numbers(settings.rows) })
     }
-    for (at, block) in head.blocks().iter().enumerate() {
-        let mut inner = times(&block.weight, narrow.map(|narrow| &narrow.blocks[at]), block.bias.as_ref(), &x, beams)?;
-        silu(&mut inner);
-        x.iter_mut().zip(inner).for_each(|(x, inner)| *x += inner);
+
+    /// Logits of the token behind each beam, `[beams, rows]`, from its last one and the beam before that it goes on from; at first from none.
+    fn step(&mut self, tokens: &[u32], parents: &[usize]) -> Option<&[f32]> {
+        let Self { matrices, hidden, exit, .. } = *self;
+        let count = tokens.len();
+        for (at, (token, from)) in tokens.iter().zip(self.from.chunks_exact_mut(2 * hidden)).enumerate() {
+            let (embedding, state) = from.split_at_mut(hidden);
+            row(self.model.embedding(), *token as usize, embedding)?;
+            match parents.get(at) {
+                Some(parent) => state.copy_from_slice(&self.x[(2 * parent + 1) * hidden..][..hidden]),
+                None => state.fill(0.0),
+            }
+        }
+        let rows = |numbers: &mut [f32], width: usize| Rows::of_numbers(&mut numbers[..count * width], width);
+        let mut turns = Turns::default();
+        let x = rows(&mut self.x, 2 * hidden);
+        match &matrices.recurrence {
+            Some(recurrence) => {
+                let inner = rows(&mut self.inner, hidden);
+                recurrence.turn(rows(&mut self.from, 2 * hidden), inner, &mut turns)?;
+                activate(inner, recurrence.bias()?, None, x, hidden, &mut turns)?;
+            }
+            None => {
+                for (from, x) in self.from.chunks_exact(2 * hidden).zip(self.x.chunks_exact_mut(2 * hidden)).take(count) {
+                    let (embedding, state) = from.split_at(hidden);
+                    x[hidden..].iter_mut().zip(embedding).zip(state).for_each(|((x, embedding), state)| *x = embedding + state);
+                }
+            }
+        }
+        let mut y = x;
+        if let Some(input) = &matrices.input {
+            y = rows(&mut self.y, exit);
+            input.turn(x, y, &mut turns)?;
+            if let Some(bias) = input.bias()? {
+                add_bias(y, bias, &mut turns)?;
+            }
+        }
+        for block in &matrices.blocks {
+            let (inner, out) = (rows(&mut self.inner, exit), rows(&mut self.y, exit));
+            block.turn(y, inner, &mut turns)?;
+            activate(inner, block.bias()?, Some(y), out, 0, &mut turns)?;
+            y = out;
+        }
+        let width = self.logits.len() / (self.x.len() / (2 * hidden));
+        matrices.head.turn(y, rows(&mut self.logits, width), &mut turns)?;
+        // SAFETY: all that the kernels were told of is the stage's own, or belongs to the matrices.
+        unsafe { turns.run() };
+        Some(&self.logits[..count * width])
     }
-    times(head.head(), narrow.map(|narrow| &narrow.head), None, &x, beams)
 }
 
 /// The `count` largest with their places, largest first; of equal ones the first.

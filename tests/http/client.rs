@@ -7,9 +7,10 @@ use std::sync::Arc;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::client::legacy::Client as Pool;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use lacuna::checkpoint::Checkpoint;
 use lacuna::draft::Drafters;
 use lacuna::engine::request::ModelInfo;
@@ -52,12 +53,39 @@ pub struct Answer {
 }
 
 impl Answer {
+    async fn read(response: Response<Incoming>) -> hyper::Result<Self> {
+        let (head, body) = response.into_parts();
+        Ok(Self { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes().to_vec() })
+    }
+
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).map(|value| value.to_str().expect("a header is text"))
+    }
+}
+
+/// One connection and no other: a pool opens a second where the first is not back from its last answer yet.
+pub struct Connection(SendRequest<Full<Bytes>>);
+
+impl Connection {
+    pub async fn new(server: &TestServer) -> Self {
+        let stream = tokio::net::TcpStream::connect(server.http).await.expect("the server listens");
+        let (sender, connection) = handshake(TokioIo::new(stream)).await.expect("a connection");
+        tokio::spawn(connection);
+        Self(sender)
+    }
+
+    pub async fn ask(&mut self, method: Method, path: &str, body: Vec<u8>) -> Answer {
+        let request = Request::builder().method(method).uri(path).header("host", "localhost");
+        let request = request.header("content-type", "application/json").body(Full::from(body)).expect("a request");
+        let answer = async {
+            self.0.ready().await?;
+            Answer::read(self.0.send_request(request).await?).await
+        };
+        tokio::time::timeout(PATIENCE, answer).await.expect("an answer in time").expect("an answer")
     }
 }
 
@@ -76,9 +104,8 @@ impl Client {
     }
 
     pub async fn ask(&self, method: Method, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
-        let (head, body) = self.send(method, path, headers, body).await.into_parts();
-        let body = tokio::time::timeout(PATIENCE, body.collect()).await.expect("a body in time").expect("a whole body");
-        Answer { status: head.status, headers: head.headers, body: body.to_bytes().to_vec() }
+        let answer = Answer::read(self.send(method, path, headers, body).await);
+        tokio::time::timeout(PATIENCE, answer).await.expect("a body in time").expect("a whole body")
     }
 
     pub async fn get(&self, path: &str) -> Answer {

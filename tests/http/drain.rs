@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use http::Method;
 use lacuna::engine::Limits;
 use lacuna::service::ServeOptions;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 
-use crate::client::{Client, TASK};
+use crate::client::{Client, Connection, TASK};
 use crate::harness::{PATIENCE, long, start, started};
 
 fn busy(steps: u64) -> Value {
@@ -20,8 +21,8 @@ async fn streams_finish_and_new_calls_are_refused() {
     let options = ServeOptions { drain_timeout: PATIENCE, ..ServeOptions::default() };
     let mut server = start(Limits { resident: 4, queued: 16, ..Limits::default() }, options).await;
     server.serving().await;
-    let (client, idle) = (Client::new(&server), Client::new(&server));
-    assert_eq!(idle.get("/health").await.json(), json!({"status": "serving"}));
+    let (client, mut idle) = (Client::new(&server), Connection::new(&server).await);
+    assert_eq!(idle.ask(Method::GET, "/health", vec![]).await.json(), json!({"status": "serving"}));
     // Long enough that it still runs when a slow machine comes to ask.
     let mut events = client.stream("/v1/completions", &busy(150)).await;
     let mut others = vec![];
@@ -34,14 +35,14 @@ async fn streams_finish_and_new_calls_are_refused() {
     server.signal_shutdown();
     // A connection that stands is told; none is taken any more.
     loop {
-        let health = idle.get("/health").await;
+        let health = idle.ask(Method::GET, "/health", vec![]).await;
         if health.status == 503 {
             assert_eq!(health.json(), json!({"status": "not serving"}));
             break;
         }
     }
     assert!(server.engine.active() > 0, "health turned while streams were running");
-    let refused = idle.post("/v1/completions", &json!({"prompt": TASK})).await;
+    let refused = idle.ask(Method::POST, "/v1/completions", json!({"prompt": TASK}).to_string().into_bytes()).await;
     assert_eq!((refused.status.as_u16(), refused.header("retry-after")), (503, Some("1")), "{refused:?}");
     assert!(tokio::net::TcpStream::connect(server.http).await.is_err(), "the port still takes connections");
     for events in others.iter_mut().chain([&mut events]) {

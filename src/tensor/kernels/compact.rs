@@ -165,7 +165,6 @@ impl Compact {
             outputs: self.outputs,
             half: false,
             paired: false,
-            wide: false,
         };
         Product { form: self.form, records: self.data.address().cast(), dense }
     }

@@ -15,13 +15,12 @@ use tch::TchError;
 use super::codes::write;
 use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes};
-use super::packed::SMALL_PARALLEL_FROM;
 use super::rounding::{Between, MIXED, Rounding};
 use super::strips::{Part, Strips};
 use super::turns::{Rows, Turns};
 #[cfg(target_arch = "x86_64")]
 use super::words::x86::Words;
-use super::{Kernel, in_use, launch, plain};
+use super::{Kernel, in_use, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Outputs side by side.
@@ -161,31 +160,6 @@ impl Integers {
         // SAFETY: both tensors are contiguous, of these sizes and types.
         unsafe { turns.run() };
         Ok(Some(out))
-    }
-
-    /// [`Integers::product`] for what lies in plain memory, `x: [rows, inputs]` to `[rows, outputs]`, by a weight that is small; `None` if sizes do
-    /// not fit.
-    pub fn small_product(&self, x: &[f32], rows: usize) -> Option<Vec<f32>> {
-        if rows == 0 || x.len() != rows * self.inputs {
-            return None;
-        }
-        let mut out = vec![0f32; rows * self.outputs];
-        let (codes, groups) = self.between(rows);
-        let (mut codes, mut scales, mut sums) = (vec![0i8; codes], vec![0f32; groups], vec![0i32; groups]);
-        let mut mixed = vec![0f32; if self.mixed { x.len() } else { 0 }];
-        let between = Between {
-            mixed: if self.mixed { mixed.as_mut_ptr() } else { std::ptr::null_mut() },
-            codes: codes.as_mut_ptr(),
-            scales: scales.as_mut_ptr(),
-            sums: sums.as_mut_ptr(),
-        };
-        let (rounding, product) = self.kernels(x.as_ptr().cast(), out.as_mut_ptr().cast(), false, rows, &between);
-        // SAFETY: memory of these sizes, which outlives the calls; the second reads what the first has written.
-        unsafe {
-            launch(&rounding, false);
-            launch(&product, rows * self.inputs * self.outputs >= SMALL_PARALLEL_FROM);
-        }
-        Some(out)
     }
 
     /// [`Integers::product`] into `out`; `None` if sizes do not fit.

@@ -1,5 +1,6 @@
 //! Products of whole numbers, held to their definition.
 
+use super::super::launch;
 use super::super::tests::{SHAPES, alike};
 use super::*;
 use tch::Device;
@@ -139,16 +140,6 @@ fn what_is_no_plain_case_is_left_alone_and_broken_rows_show() {
         let out = weight.product(&x).unwrap().unwrap();
         assert!(out.get(0).isnan().all().int64_value(&[]) == 1 && f64::try_from(out.get(1).abs().max()).unwrap() == 0.0);
     }
-}
-
-#[test]
-fn plain_memory_gives_the_same() {
-    let ((codes, scales), x) = (weight(Width::Eight, 301, 200, 64), random(&[3, 200], Kind::Float));
-    let weight = Integers::of(Width::Eight, &codes, &scales, 64, None).unwrap().unwrap();
-    let plain: Vec<f32> = Vec::try_from(&x.view([-1])).unwrap();
-    let expected: Vec<f32> = Vec::try_from(&weight.product(&x).unwrap().unwrap().view([-1])).unwrap();
-    assert_eq!(weight.small_product(&plain, 3), Some(expected));
-    assert_eq!((weight.small_product(&plain, 2), weight.small_product(&[], 0)), (None, None));
 }
 
 /// In a list, where what an earlier product left lies behind a row that fills no line.

@@ -51,36 +51,6 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Opti
     }
 }
 
-/// [`linear`] for what lies in plain memory: `x: [rows, inputs]` with an f32 weight, `[rows, outputs]`. `None` if the weight is none
-/// that the kernel reads.
-pub fn product(weight: &Tensor, bias: Option<&Tensor>, x: &[f32], rows: usize) -> Option<Vec<f32>> {
-    let &[outputs, inputs] = weight.size().as_slice() else { return None };
-    let (outputs, inputs) = (outputs as usize, inputs as usize);
-    if !plain(weight) || weight.kind() != Kind::Float || x.len() != rows * inputs || rows == 0 {
-        return None;
-    }
-    let mut out = vec![0f32; rows * outputs];
-    let product = Product {
-        input: x.as_ptr().cast(),
-        weight: weight.data_ptr(),
-        out: out.as_mut_ptr().cast(),
-        stride: outputs,
-        rows,
-        inputs,
-        outputs,
-        half: false,
-        paired: false,
-    };
-    // SAFETY: memory of these sizes, which outlives the call.
-    unsafe { launch(&product, inputs * outputs * rows >= PARALLEL_FROM) };
-    if let Some(bias) = bias {
-        let mut added = vec![0f32; outputs];
-        row(&bias.view([1, -1]), 0, &mut added)?;
-        out.chunks_exact_mut(outputs).for_each(|out| out.iter_mut().zip(&added).for_each(|(out, bias)| *out += bias));
-    }
-    Some(out)
-}
-
 /// Row `index` of a matrix in f32 or bf16, widened into `out`; `None` if it is none that can be read, or has no such row.
 pub fn row(matrix: &Tensor, index: usize, out: &mut [f32]) -> Option<()> {
     let &[rows, width] = matrix.size().as_slice() else { return None };

@@ -14,7 +14,7 @@ use tch::TchError;
 use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes, Stored};
 use super::pointwise::widen;
-use super::product::{Format, PAIRED, Single, Wide};
+use super::product::{Format, PAIRED, Single};
 use super::strips::{Part, Strip, Strips};
 use super::turns::{Rows, Turns};
 use super::{Kernel, launch, plain};
@@ -28,8 +28,6 @@ pub(super) const BLOCK: usize = 256;
 pub(super) const TILE: usize = 256 * 1024;
 /// Products of fewer multiplications are not worth other threads.
 pub(super) const PARALLEL_FROM: usize = 32 * 1024;
-/// The same where weights stay in a core's own cache, so that a wait takes longer than the work.
-pub(super) const SMALL_PARALLEL_FROM: usize = 1024 * 1024;
 
 /// A weight matrix for [`Packed::product`].
 #[derive(Debug)]
@@ -132,23 +130,7 @@ impl Packed {
             outputs: self.outputs,
             half: self.kind == Kind::BFloat16,
             paired: self.paired,
-            wide: false,
         }
-    }
-
-    /// [`Packed::product`] for what lies in plain memory, `x: [rows, inputs]` to `[rows, outputs]`, both in f32, by a weight that is small;
-    /// `None` if sizes do not fit.
-    pub fn small_product(&self, x: &[f32], rows: usize) -> Option<Vec<f32>> {
-        if rows == 0 || x.len() != rows * self.inputs || (self.paired && !self.inputs.is_multiple_of(2)) {
-            return None;
-        }
-        let narrow: Vec<u16> = if self.paired { x.iter().copied().map(u16::narrow).collect() } else { vec![] };
-        let mut out = vec![0f32; rows * self.outputs];
-        let input = if self.paired { narrow.as_ptr().cast() } else { x.as_ptr().cast() };
-        let product = Product { wide: true, ..self.kernel(input, out.as_mut_ptr().cast(), rows) };
-        // SAFETY: memory of these sizes, which outlives the call.
-        unsafe { launch(&product, rows * self.inputs * self.outputs >= SMALL_PARALLEL_FROM) };
-        Some(out)
     }
 }
 
@@ -165,8 +147,6 @@ pub(super) struct Product {
     pub outputs: usize,
     pub half: bool,
     pub paired: bool,
-    /// Whether results are in f32, whatever the weight.
-    pub wide: bool,
 }
 
 impl Kernel for Product {
@@ -177,9 +157,7 @@ impl Kernel for Product {
             if self.paired {
                 return pairs(self, thread, threads);
             }
-            if self.half && self.wide {
-                self.run::<V, Single<u16, f32>>(thread, threads);
-            } else if self.half {
+            if self.half {
                 self.run::<V, Single<u16, u16>>(thread, threads);
             } else {
                 self.run::<V, Single<f32, f32>>(thread, threads);
@@ -192,13 +170,7 @@ impl Kernel for Product {
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn pairs(product: &Product, thread: usize, threads: usize) {
     use super::product::Pairs;
-    unsafe {
-        if product.wide {
-            product.run::<std::arch::x86_64::__m512, Wide<Pairs>>(thread, threads);
-        } else {
-            product.run::<std::arch::x86_64::__m512, Pairs>(thread, threads);
-        }
-    }
+    unsafe { product.run::<std::arch::x86_64::__m512, Pairs>(thread, threads) }
 }
 
 impl Product {
@@ -377,15 +349,6 @@ mod tests {
                 let exact = x.to_kind(Kind::Double).matmul(&weight.to_kind(Kind::Double).transpose(0, 1));
                 let error = f64::try_from((&ours - &exact).abs().max() / exact.abs().max()).unwrap();
                 assert!(error < tolerance, "{kind:?} {rows} x {inputs} x {outputs}: {error}");
-                let plain: Vec<f32> = Vec::try_from(&x.to_kind(Kind::Float).view([-1])).unwrap();
-                let packed = Packed::of(&weight).unwrap().unwrap();
-                if let Some(small) = packed.small_product(&plain, rows as usize) {
-                    let error = (Tensor::from_slice(&small).to_kind(Kind::Double) - exact.view([-1])).abs().max();
-                    let error = f64::try_from(error / exact.abs().max()).unwrap();
-                    assert!(error < 1e-5, "{kind:?} {rows} x {inputs} x {outputs} in f32: {error}");
-                } else {
-                    assert!(inputs % 2 == 1 && kind == Kind::BFloat16);
-                }
             }
         }
     }
@@ -423,7 +386,6 @@ mod tests {
             outputs: 77,
             half: false,
             paired: false,
-            wide: false,
         };
         unsafe { product.share::<[f32; LANES]>(0, 1) };
         assert!(out.equal(&right));

@@ -7,7 +7,7 @@ use tch::TchError;
 
 use super::lanes::{LANES, Lanes, Stored, exp};
 use super::turns::{Rows, Turns};
-use super::{Kernel, in_use, launch, plain};
+use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
 
 /// Fewer results are not worth other threads.
@@ -277,27 +277,44 @@ impl Gated {
     }
 }
 
-/// `x / (1 + exp(-x))` of each number, in place, on this thread.
-pub fn silu(numbers: &mut [f32]) {
-    if in_use() {
-        // SAFETY: the numbers are the caller's alone, and outlive the call.
-        unsafe { launch(&Silu { numbers: numbers.as_mut_ptr(), count: numbers.len() }, false) };
-    } else {
-        numbers.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x));
+/// `more + silu(x + bias)` into `out`, from its column `column` on; `None` if sizes do not fit or anything is not in f32.
+pub fn activate(x: Rows, bias: Option<Rows>, more: Option<Rows>, out: Rows, column: usize, turns: &mut Turns) -> Option<()> {
+    x.beside(&out).filter(|()| !x.half && column + x.width <= out.width)?;
+    if let Some(bias) = bias {
+        (bias.count == 1 && bias.width == x.width && !bias.half).then_some(())?;
     }
+    if let Some(more) = more {
+        x.beside(&more).filter(|()| more.width == x.width)?;
+    }
+    turns.push(Activated { x, bias, more, out, column }, x.count > 1 && x.numbers() >= PARALLEL_FROM);
+    Some(())
 }
 
-struct Silu {
-    numbers: *mut f32,
-    count: usize,
+struct Activated {
+    x: Rows,
+    bias: Option<Rows>,
+    more: Option<Rows>,
+    out: Rows,
+    column: usize,
 }
 
-impl Kernel for Silu {
+impl Kernel for Activated {
     #[inline(always)]
     unsafe fn share<V: Lanes>(&self, thread: usize, threads: usize) {
-        let mine = self.count * thread / threads..self.count * (thread + 1) / threads;
-        let numbers = unsafe { std::slice::from_raw_parts_mut(self.numbers.add(mine.start), mine.len()) };
-        numbers.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x));
+        let Self { x, bias, more, out, column } = *self;
+        for row in x.count * thread / threads..x.count * (thread + 1) / threads {
+            unsafe {
+                let x = x.data.cast::<f32>().add(row * x.width);
+                let out = out.data.cast::<f32>().add(row * out.width + column);
+                let bias = bias.map(|bias| bias.data.cast::<f32>());
+                let more = more.map(|more| more.data.cast::<f32>().add(row * self.x.width));
+                // Through pointers: what is added may be what is written.
+                for at in 0..self.x.width {
+                    let x = *x.add(at) + bias.map_or(0.0, |bias| *bias.add(at));
+                    *out.add(at) = x / (1.0 + exp(-x)) + more.map_or(0.0, |more| *more.add(at));
+                }
+            }
+        }
     }
 }
 
@@ -307,11 +324,30 @@ mod tests {
     use tch::Device;
 
     #[test]
-    fn silu_is_right() {
-        let mut numbers: Vec<f32> = (-200..200).map(|at| at as f32 / 9.0).collect();
-        let right: Vec<f64> = numbers.iter().map(|x| f64::from(*x) / (1.0 + (-f64::from(*x)).exp())).collect();
-        silu(&mut numbers);
-        assert!(numbers.iter().zip(right).all(|(ours, right)| (f64::from(*ours) - right).abs() < 4e-6), "{numbers:?}");
+    fn activations_are_right() {
+        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 9.0;
+        let (x, bias, more) = (random(&[3, 70]), random(&[70]), random(&[3, 70]));
+        let rows = |tensor: &Tensor| Rows::of(tensor).unwrap();
+        for (bias, more, column) in [(None, None, 0), (Some(&bias), None, 26), (Some(&bias), Some(&more), 5)] {
+            let out = random(&[3, 96]);
+            let right = out.to_kind(Kind::Double);
+            let sum = bias.map_or(x.shallow_clone(), |bias| &x + bias).to_kind(Kind::Double).silu();
+            right.narrow(1, column, 70).copy_(&more.map_or(sum.shallow_clone(), |more| &sum + more));
+            let mut turns = Turns::default();
+            activate(rows(&x), bias.map(rows), more.map(rows), rows(&out), column as usize, &mut turns).unwrap();
+            unsafe { turns.run() };
+            let error = f64::try_from((out.to_kind(Kind::Double) - right).abs().max()).unwrap();
+            assert!(error < 1e-5, "{error}");
+        }
+        // In place, and what does not fit.
+        let (sum, mut turns) = (more.copy(), Turns::default());
+        activate(rows(&x), None, Some(rows(&sum)), rows(&sum), 0, &mut turns).unwrap();
+        unsafe { turns.run() };
+        let error = f64::try_from((sum - (x.silu() + &more)).abs().max()).unwrap();
+        assert!(error < 1e-5, "{error}");
+        assert!(activate(rows(&x), None, None, rows(&more), 1, &mut turns).is_none(), "too few columns");
+        assert!(activate(rows(&x), Some(rows(&more)), None, rows(&more), 0, &mut turns).is_none(), "no bias");
+        assert!(activate(rows(&x), None, None, rows(&bias), 0, &mut turns).is_none(), "too few rows");
     }
 
     #[test]

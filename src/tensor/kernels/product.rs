@@ -99,38 +99,6 @@ pub(super) trait Format<V> {
     unsafe fn multiply_add(weight: Self::Vector, input: Self::Vector, sum: V) -> V;
 }
 
-/// As `F`, with results in f32.
-pub(super) struct Wide<F>(PhantomData<F>);
-
-impl<V: Lanes, F: Format<V>> Format<V> for Wide<F> {
-    type Input = F::Input;
-    type Weight = F::Weight;
-    type Out = f32;
-    type Vector = F::Vector;
-    const STEP: usize = F::STEP;
-    const UNIT: usize = F::UNIT;
-
-    #[inline(always)]
-    unsafe fn input(from: *const F::Input) -> F::Vector {
-        unsafe { F::input(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn weight(from: *const F::Weight) -> F::Vector {
-        unsafe { F::weight(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn spread(from: *const F::Input) -> F::Vector {
-        unsafe { F::spread(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn multiply_add(weight: F::Vector, input: F::Vector, sum: V) -> V {
-        unsafe { F::multiply_add(weight, input, sum) }
-    }
-}
-
 /// Number by number, in f32.
 pub(super) struct Single<T, O>(PhantomData<(T, O)>);
 

@@ -40,6 +40,11 @@ impl Rows {
         plain(tensor).then(|| Self { data: tensor.data_ptr(), count: tensor.numel() / width, width, half })
     }
 
+    /// Those of numbers in plain memory, which must stay there for what is done with them.
+    pub fn of_numbers(numbers: &mut [f32], width: usize) -> Self {
+        Self { data: numbers.as_mut_ptr().cast(), count: numbers.len() / width.max(1), width, half: false }
+    }
+
     /// Whether there are as many rows there, of the same type.
     pub(super) fn beside(&self, other: &Self) -> Option<()> {
         (self.count == other.count && self.half == other.half).then_some(())
