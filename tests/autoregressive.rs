@@ -44,7 +44,7 @@ fn heads(model: &Transformer) -> Drafters {
     let _generator = lacuna::tensor::seeded(1);
     let head = Redrafter::new(settings, &mut RandomWeights { placement: F32 }).unwrap();
     let mut drafters = Drafters::default();
-    drafters.add(DrafterKind::Chain, Box::new(Chain(head.shallow_clone())));
+    drafters.add(DrafterKind::Chain, Box::new(Chain::exact(head.shallow_clone())));
     drafters.add(DrafterKind::Redrafter, Box::new(Beams::exact(head)));
     drafters.add(DrafterKind::Medusa, Box::new(medusa));
     drafters

@@ -166,7 +166,7 @@ fn draw(world: &World, kind: Option<DrafterKind>, temperature: f64, seeds: usize
         .collect();
     // Beams depend on nothing but what stands before them.
     let mut beams: HashMap<(Vec<u32>, usize), Tree> = HashMap::new();
-    let (chain, redrafter) = (Chain(world.head.shallow_clone()), Beams::exact(world.head.shallow_clone()));
+    let (chain, redrafter) = (Chain::exact(world.head.shallow_clone()), Beams::exact(world.head.shallow_clone()));
     let (mut accepted, mut drafts) = (0, 0);
     while running.iter().any(|one| one.decoder.finished().is_none()) {
         let rows = rows(world, &running, &sampling);
@@ -412,7 +412,7 @@ fn draft(world: &World, text: &[u32], temperature: f64) -> Draft {
 #[test]
 fn chains_are_drawn_from_what_they_say() {
     let world = World::new();
-    let chain = Chain(world.head.shallow_clone());
+    let chain = Chain::exact(world.head.shallow_clone());
     let tokens = [&PROMPT[..], &[FIRST]].concat();
     let hidden = &world.hidden[&PROMPT[..]];
     let shape = Shape { width: 1, length: 2 };

@@ -117,9 +117,9 @@ impl Drafters {
         let mut drafters = Self::default();
         let redrafter = folder.join("redrafter");
         if redrafter.is_dir() {
-            let head = redrafter::Redrafter::load(&redrafter, config, placement)?;
-            drafters.add(DrafterKind::Chain, Box::new(chain::Chain(head.shallow_clone())));
-            drafters.add(DrafterKind::Redrafter, Box::new(redrafter::Beams::new(head)));
+            let beams = redrafter::Beams::new(redrafter::Redrafter::load(&redrafter, config, placement)?);
+            drafters.add(DrafterKind::Chain, Box::new(beams.chain()));
+            drafters.add(DrafterKind::Redrafter, Box::new(beams));
         }
         let medusa = folder.join("medusa");
         if medusa.is_dir() {

@@ -7,6 +7,7 @@
 
 use std::path::Path;
 
+use super::chain::Chain;
 use super::heads::{Folder, Linear, bytes, spec};
 use super::search::Matrices;
 use super::{Context, Draft, Drafter, search};
@@ -347,6 +348,11 @@ impl Beams {
     /// Searches by matrices in fewer bits where that is faster. Guesses may differ from the head's own where two are nearly as good.
     pub fn new(head: Redrafter) -> Self {
         Self { matrices: Matrices::narrow(&head), head }
+    }
+
+    /// The head's tokens in a chain, by the same matrices.
+    pub fn chain(&self) -> Chain {
+        Chain::new(self.head.shallow_clone(), self.matrices.as_ref().map(Matrices::shallow_clone))
     }
 
     /// Searches by the head's own numbers.

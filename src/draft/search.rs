@@ -1,4 +1,4 @@
-//! ReDrafter's beam search on the CPU without tensors between its products: the head is so small that dispatching operations takes
+//! ReDrafter's beam search, and chains of its tokens, on the CPU without tensors between its products: the head is so small that dispatching operations takes
 //! several times as long as computing them. A step of all beams is one list of kernels. The same numbers as
 //! [`Redrafter::search_tensors`], within rounding.
 
@@ -78,12 +78,30 @@ impl Matrices {
         Some(Self { input, blocks, head: last, recurrence })
     }
 
+    /// The same weights under another handle.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            input: self.input.as_ref().map(Product::shallow_clone),
+            blocks: self.blocks.iter().map(Product::shallow_clone).collect(),
+            head: self.head.shallow_clone(),
+            recurrence: self.recurrence.as_ref().map(Product::shallow_clone),
+        }
+    }
+
     pub fn bytes(&self) -> usize {
         self.input.iter().chain(&self.blocks).chain([&self.head]).chain(&self.recurrence).map(Product::bytes).sum()
     }
 }
 
 impl Product {
+    fn shallow_clone(&self) -> Self {
+        let matrix = match &self.matrix {
+            Matrix::Whole(weight) => Matrix::Whole(weight.shallow_clone()),
+            Matrix::Eight(weight) => Matrix::Eight(weight.shallow_clone()),
+        };
+        Self { matrix, bias: self.bias.as_ref().map(Fixed::shallow_clone) }
+    }
+
     /// The product itself, without the bias.
     fn turn(&self, x: Rows, out: Rows, turns: &mut Turns) -> Option<()> {
         match &self.matrix {
@@ -151,6 +169,28 @@ pub fn search(
     let all = beams.into_iter().zip(scores).chain(ended);
     let (beams, scores) = all.filter(|(tokens, _)| !tokens.is_empty()).unzip();
     Some(Search { beams, scores, steps })
+}
+
+/// `length` tokens one after another, each the one of the row that `choose` takes by its place and its logits, fewer where it takes none; `None` as for
+/// [`search`].
+pub fn follow(
+    head: &Redrafter,
+    matrices: &Matrices,
+    model: &Transformer,
+    context: &Tensor,
+    root: u32,
+    length: usize,
+    mut choose: impl FnMut(usize, &[f32]) -> Option<usize>,
+) -> Option<Vec<u32>> {
+    let mut stage = Stage::new(head, matrices, model, context, 1)?;
+    let (mut tokens, mut last) = (vec![], root);
+    for place in 0..length {
+        let logits = stage.step(&[last], if place == 0 { &[] } else { &[0] })?;
+        let Some(row) = choose(place, logits) else { break };
+        last = head.token(row);
+        tokens.push(last);
+    }
+    Some(tokens)
 }
 
 /// What lies between a step's products, `[beams, ...]` each.
@@ -232,7 +272,7 @@ impl<'a> Stage<'a> {
 }
 
 /// The `count` largest with their places, largest first; of equal ones the first.
-fn best(logits: &[f32], count: usize) -> Vec<(f32, usize)> {
+pub(super) fn best(logits: &[f32], count: usize) -> Vec<(f32, usize)> {
     let mut best: Vec<(f32, usize)> = Vec::with_capacity(count + 1);
     for (row, logit) in logits.iter().enumerate() {
         // Most are less than all of them.

@@ -119,7 +119,7 @@ pub fn random_medusa(model: &Transformer, seed: u64) -> Medusa {
 pub fn all_drafters(model: &Transformer) -> Drafters {
     let mut drafters = Drafters::default();
     drafters.add(DrafterKind::Redrafter, Box::new(Beams::exact(trained(model))));
-    drafters.add(DrafterKind::Chain, Box::new(Chain(trained(model))));
+    drafters.add(DrafterKind::Chain, Box::new(Chain::exact(trained(model))));
     drafters.add(DrafterKind::Medusa, Box::new(random_medusa(model, 3)));
     drafters
 }

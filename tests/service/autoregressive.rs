@@ -44,7 +44,7 @@ fn causal() -> Served {
     };
     let head = Redrafter::new(settings, &mut RandomWeights { placement: Placement::CPU_F32 }).expect("weights");
     let mut drafters = Drafters::default();
-    drafters.add(DrafterKind::Chain, Box::new(Chain(head.shallow_clone())));
+    drafters.add(DrafterKind::Chain, Box::new(Chain::exact(head.shallow_clone())));
     drafters.add(DrafterKind::Redrafter, Box::new(Beams::exact(head)));
     let info = ModelInfo::new(checkpoint, &network, drafters.infos());
     let engine = Engine::start(network, drafters, info.tokenizer.clone(), LIMITS).expect("the engine starts");

@@ -24,6 +24,11 @@ impl Fixed {
         Self { address: tensor.data_ptr(), rows: Rows::of(&tensor), tensor }
     }
 
+    /// The same tensor under another handle.
+    pub fn shallow_clone(&self) -> Self {
+        Self { tensor: self.tensor.shallow_clone(), ..*self }
+    }
+
     /// Where its numbers begin.
     pub(super) fn address(&self) -> *mut c_void {
         self.address

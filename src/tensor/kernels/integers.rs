@@ -129,6 +129,11 @@ impl Integers {
         self.inputs.is_multiple_of(MIXED).then_some(Self { mixed: true, ..self })
     }
 
+    /// The same weights under another handle.
+    pub fn shallow_clone(&self) -> Self {
+        Self { data: self.data.shallow_clone(), scales: self.scales.shallow_clone(), ..*self }
+    }
+
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
     pub fn read_from_memory(&mut self) {
         self.strips.read_from_memory();

@@ -61,6 +61,11 @@ impl Packed {
         Ok(Some(Self { data, strips, kind: weight.kind(), inputs: inputs as usize, outputs: outputs as usize, paired }))
     }
 
+    /// The same weights under another handle.
+    pub fn shallow_clone(&self) -> Self {
+        Self { data: self.data.shallow_clone(), ..*self }
+    }
+
     /// Has weights asked for ahead of their use: no cache keeps them from one product to the next.
     pub fn read_from_memory(&mut self) {
         self.strips.read_from_memory();
