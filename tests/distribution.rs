@@ -408,11 +408,16 @@ fn draft(world: &World, text: &[u32], temperature: f64) -> Draft {
     })
 }
 
-/// A drawn chain is what it says: its tokens are distributed as its probabilities.
+/// A drawn chain is what it says, by the kernels and by tensors alone: its tokens are distributed as its probabilities.
 #[test]
 fn chains_are_drawn_from_what_they_say() {
     let world = World::new();
-    let chain = Chain::exact(world.head.shallow_clone());
+    for chain in [Chain::exact(world.head.shallow_clone()), Chain::new(world.head.shallow_clone(), None)] {
+        drawn_from_what_it_says(&world, &chain);
+    }
+}
+
+fn drawn_from_what_it_says(world: &World, chain: &Chain) {
     let tokens = [&PROMPT[..], &[FIRST]].concat();
     let hidden = &world.hidden[&PROMPT[..]];
     let shape = Shape { width: 1, length: 2 };
