@@ -240,7 +240,8 @@ impl Redrafter {
     }
 
     /// Likewise, without candidates less probable than `least`: a beam ends before them. (Only where the kernels read the head: to
-    /// look at a score on another device would take longer than to go on.)
+    /// look at a score on another device would take longer than to go on.) The matrices are prepared anew each time, which [`Beams`]
+    /// does once.
     pub fn search_sure(
         &self,
         model: &Transformer,
