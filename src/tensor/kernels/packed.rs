@@ -7,6 +7,7 @@
 //! blocks of `BLOCK`: a result depends on its own row and output alone, whatever is computed beside it.
 
 use std::ffi::c_void;
+use std::hint::black_box;
 use std::ops::Range;
 
 use tch::TchError;
@@ -277,20 +278,23 @@ impl Product {
         let units = self.inputs / F::UNIT;
         unsafe {
             let input = self.input.cast::<F::Input>().add(row * self.inputs + block.start * F::UNIT);
+            // Where each row begins, in a register of its own: an address that is computed anew for every number takes an eighth of the loop's time.
+            let inputs: [_; M] = black_box(std::array::from_fn(|m| input.add(m * self.inputs)));
+            let (mut line, step) = (lines, part.strip.wide * F::STEP);
             let mut sums = [[V::zero(); P]; M];
             for unit in 0..block.len() {
-                let line = lines.add(unit * part.strip.wide * F::STEP);
                 let mut w = [F::weight(line); P];
                 for (p, w) in w.iter_mut().enumerate().skip(1) {
                     *w = F::weight(line.add(p * F::STEP));
                 }
                 part.ask_ahead::<P>(line.cast(), F::STEP * size_of::<F::Weight>(), M == 1);
-                for (m, sums) in sums.iter_mut().enumerate() {
-                    let x = F::spread(input.add(m * self.inputs + unit * F::UNIT));
+                for (sums, input) in sums.iter_mut().zip(inputs) {
+                    let x = F::spread(input.add(unit * F::UNIT));
                     for (sum, w) in sums.iter_mut().zip(w) {
                         *sum = F::multiply_add(w, x, *sum);
                     }
                 }
+                line = line.wrapping_add(step);
             }
             let (first, last) = (block.start == 0, block.end == units);
             for (m, sums) in sums.into_iter().enumerate() {
