@@ -25,12 +25,13 @@ pub struct Strips {
 /// Which of a product's lines are asked for ahead of their use, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ahead {
-    /// None: a cache has them.
+    /// None: a cache has them, from which an AMD core takes them as fast as it computes.
     Nothing,
     /// All; what is used once, past the caches, so that it displaces nothing. AMD's cores are fastest so.
     PastCaches,
     /// All, through the caches. Intel's cores do without the second-level cache otherwise, which has more lines under way than the nearest one:
-    /// 11 GB/s in place of 17 (docs/LOG.md).
+    /// 11 GB/s in place of 17. Nor do they have lines from the cache that cores share by themselves in time: a product of 16 rows takes a third
+    /// longer (docs/LOG.md).
     ThroughCaches,
 }
 
@@ -54,16 +55,14 @@ const AHEAD: usize = 2048;
 /// Bytes that a cache fetches together.
 const LINE: usize = 64;
 
-/// How lines are asked for that come from memory.
-static FROM_MEMORY: LazyLock<Ahead> = LazyLock::new(|| {
+static INTEL: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     {
         let vendor = std::arch::x86_64::__cpuid(0);
-        if [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel" {
-            return Ahead::ThroughCaches;
-        }
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
     }
-    Ahead::PastCaches
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 });
 
 impl Strip {
@@ -79,8 +78,8 @@ impl Part {
         Self { strip: self.strip.at_hand(), ..self }
     }
 
-    /// Asks for what lies [`AHEAD`] of the part's first line, of `P` of `bytes` each, side by side. It helps where weights come from memory, and harms where
-    /// a cache has them (docs/LOG.md). One row uses a line once: it is not to displace what is kept in the caches. Several rows may go through a
+    /// Asks for what lies [`AHEAD`] of the part's first line, of `P` of `bytes` each, side by side. It helps where weights come from memory, and harms an
+    /// AMD core where a cache has them (docs/LOG.md). One row uses a line once: it is not to displace what is kept in the caches. Several rows may go through a
     /// strip part by part, and the first asks for all.
     #[inline(always)]
     pub fn ask_ahead<const P: usize>(&self, line: *const u8, bytes: usize, one_row: bool) {
@@ -117,12 +116,12 @@ impl Strips {
         let longest = |wide: &usize| panels.div_ceil(*wide).div_ceil(threads) * wide;
         // Of five, three rows of registers would be left over.
         let wide = (WIDE_MIN..=WIDE_MAX).rev().filter(|wide| *wide != 5).min_by_key(longest).unwrap_or(WIDE_MAX);
-        Self { panels, wide, ahead: Ahead::Nothing }
+        Self { panels, wide, ahead: if *INTEL { Ahead::ThroughCaches } else { Ahead::Nothing } }
     }
 
     /// Has lines asked for ahead of their use: no cache keeps them from one product to the next.
     pub fn read_from_memory(&mut self) {
-        self.ahead = *FROM_MEMORY;
+        self.ahead = if *INTEL { Ahead::ThroughCaches } else { Ahead::PastCaches };
     }
 
     /// A thread's part of them.
