@@ -212,11 +212,14 @@ impl<T: Stored> Place<T> {
                 at += 2;
             }
             for (query, sums) in queries.iter().zip(&mut sums) {
-                for (at, weight) in query.weights.iter().enumerate().skip(pairs) {
-                    let (value, weight) = (values.add(query.slot(at) * self.dim), V::splat(*weight));
-                    for (part, sum) in sums.iter_mut().enumerate() {
-                        sum[at % 2] = T::load::<V>(value.add(part * LANES)).multiply_add(weight, sum[at % 2]);
-                    }
+                let (twos, last) = query.weights[pairs..].as_chunks::<2>();
+                // By a place that is known: an index would keep all sums in memory.
+                for (two, [even, odd]) in twos.iter().enumerate() {
+                    self.add::<V, C, 0>(query, values, pairs + 2 * two, *even, sums);
+                    self.add::<V, C, 1>(query, values, pairs + 2 * two + 1, *odd, sums);
+                }
+                if let [even] = last {
+                    self.add::<V, C, 0>(query, values, query.weights.len() - 1, *even, sums);
                 }
                 for (part, [even, odd]) in sums.iter().enumerate() {
                     let out = self.out.add(query.out + lane + part * LANES).cast::<[T; LANES]>();
@@ -226,6 +229,24 @@ impl<T: Stored> Place<T> {
             }
         }
         C * LANES
+    }
+
+    /// Adds the value of the key at `at` by its weight, to the even sums or to the odd ones.
+    #[inline(always)]
+    unsafe fn add<V: Lanes, const C: usize, const ODD: usize>(
+        &self,
+        query: &Weighted,
+        values: *const T,
+        at: usize,
+        weight: f32,
+        sums: &mut [[V; 2]; C],
+    ) {
+        unsafe {
+            let (value, weight) = (values.add(query.slot(at) * self.dim), V::splat(weight));
+            for (part, sum) in sums.iter_mut().enumerate() {
+                sum[ODD] = T::load::<V>(value.add(part * LANES)).multiply_add(weight, sum[ODD]);
+            }
+        }
     }
 }
 
