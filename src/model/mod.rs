@@ -148,7 +148,7 @@ enum Head {
     /// The embedding, row by row.
     Embedding,
     Plain(Tensor),
-    /// In codes, in floats of 16 bits, or rearranged.
+    /// In codes, or floats of 16 bits.
     Packed(Linear),
 }
 
@@ -216,9 +216,7 @@ impl Transformer {
         let config = config.clone();
         let mut model = Self { config, placement, embedding, layers, norm, head, rotary, weight_bytes: 0, graphs: None };
         model.weight_bytes = model.bytes();
-        if model.stays_in_cache() {
-            model.pack_head()?;
-        } else {
+        if !model.stays_in_cache() {
             model.linears().for_each(Linear::read_from_memory);
         }
         if placement.device == Device::Cpu {
@@ -268,21 +266,6 @@ impl Transformer {
     /// Has forwards of few rows replayed from [`Graphs`].
     pub fn use_graphs(&mut self, graphs: Graphs) {
         self.graphs = Some(graphs);
-    }
-
-    /// Has a head of floats rearranged. Where a cache keeps the model, its second copy is small, and many rows go through it twice as fast; one that is
-    /// read from memory is as well read as it lies.
-    fn pack_head(&mut self) -> Result<(), ModelError> {
-        let floats = match &self.head {
-            Head::Embedding => &*self.embedding,
-            Head::Plain(weight) => weight,
-            Head::Packed(_) => return Ok(()),
-        };
-        if let Some(packed) = Linear::packed(floats)? {
-            self.head = Head::Packed(packed);
-            self.weight_bytes = self.bytes();
-        }
-        Ok(())
     }
 
     fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {

@@ -76,11 +76,6 @@ impl Linear {
         Ok(Self { weight, bias: bias.map(Fixed::of), scheme })
     }
 
-    /// Of floats as our own kernel takes them, without a bias; `None` where libtorch is to do their products.
-    pub fn packed(weight: &Tensor) -> Result<Option<Self>, ModelError> {
-        Ok(Packed::of(weight)?.map(|weight| Self { weight: Box::new(weight), bias: None, scheme: None }))
-    }
-
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         self.weight.product(x, self.bias.as_deref())
     }
