@@ -211,42 +211,23 @@ impl<T: Stored> Place<T> {
                 }
                 at += 2;
             }
-            for (query, sums) in queries.iter().zip(&mut sums) {
-                let (twos, last) = query.weights[pairs..].as_chunks::<2>();
-                // By a place that is known: an index would keep all sums in memory.
-                for (two, [even, odd]) in twos.iter().enumerate() {
-                    self.add::<V, C, 0>(query, values, pairs + 2 * two, *even, sums);
-                    self.add::<V, C, 1>(query, values, pairs + 2 * two + 1, *odd, sums);
+            // By value: sums that are pointed to here would be written to memory for every key above.
+            for (query, mut sums) in queries.iter().zip(sums) {
+                for (at, weight) in query.weights.iter().enumerate().skip(pairs) {
+                    let (value, weight) = (values.add(query.slot(at) * self.dim), V::splat(*weight));
+                    // The two take turns by changing places: an index would keep them in memory.
+                    for (part, [next, other]) in sums.iter_mut().enumerate() {
+                        (*next, *other) = (*other, T::load::<V>(value.add(part * LANES)).multiply_add(weight, *next));
+                    }
                 }
-                if let [even] = last {
-                    self.add::<V, C, 0>(query, values, query.weights.len() - 1, *even, sums);
-                }
-                for (part, [even, odd]) in sums.iter().enumerate() {
+                for (part, [one, other]) in sums.iter().enumerate() {
                     let out = self.out.add(query.out + lane + part * LANES).cast::<[T; LANES]>();
-                    let sum = even.multiply_add(V::splat(1.0), *odd);
+                    let sum = one.multiply_add(V::splat(1.0), *other);
                     out.write(sum.store().map(|sum| T::narrow(sum / query.total)));
                 }
             }
         }
         C * LANES
-    }
-
-    /// Adds the value of the key at `at` by its weight, to the even sums or to the odd ones.
-    #[inline(always)]
-    unsafe fn add<V: Lanes, const C: usize, const ODD: usize>(
-        &self,
-        query: &Weighted,
-        values: *const T,
-        at: usize,
-        weight: f32,
-        sums: &mut [[V; 2]; C],
-    ) {
-        unsafe {
-            let (value, weight) = (values.add(query.slot(at) * self.dim), V::splat(weight));
-            for (part, sum) in sums.iter_mut().enumerate() {
-                sum[ODD] = T::load::<V>(value.add(part * LANES)).multiply_add(weight, sum[ODD]);
-            }
-        }
     }
 }
 
@@ -297,8 +278,13 @@ mod tests {
 
     const SLOTS: i64 = 90;
 
-    /// Queries, keys and values of `SLOTS` rows with four query heads and two key heads.
+    const KV_HEADS: i64 = 2;
+    /// Two for each of keys, and three: the sums of so many are kept differently.
+    const HEADS: [i64; 2] = [2 * KV_HEADS, 3 * KV_HEADS];
+
+    /// Queries, keys and values of `SLOTS` rows.
     struct Given {
+        heads: i64,
         dim: i64,
         kind: Kind,
         qkv: Tensor,
@@ -306,15 +292,15 @@ mod tests {
     }
 
     impl Given {
-        fn new(dim: i64, kind: Kind) -> Self {
+        fn new(heads: i64, dim: i64, kind: Kind) -> Self {
             let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
             let turn = random(&[SLOTS, dim]);
             let angles = (Fixed::of(turn.cos()), Fixed::of(turn.sin()));
-            Self { dim, kind, qkv: random(&[SLOTS, 8 * dim]).to_kind(kind), angles }
+            Self { heads, dim, kind, qkv: random(&[SLOTS, (heads + 2 * KV_HEADS) * dim]).to_kind(kind), angles }
         }
 
         fn cache(&self) -> Tensor {
-            Tensor::zeros([2, SLOTS, self.dim], (self.kind, Device::Cpu))
+            Tensor::zeros([KV_HEADS, SLOTS, self.dim], (self.kind, Device::Cpu))
         }
 
         /// Results of so many rows from `start` on.
@@ -327,8 +313,8 @@ mod tests {
 
         fn run_spans(&self, qkv: &Tensor, positions: &[usize], spans: &[Span]) -> Tensor {
             let shared = Shared {
-                heads: 4,
-                kv_heads: 2,
+                heads: self.heads as usize,
+                kv_heads: KV_HEADS as usize,
                 dim: self.dim as usize,
                 angles: (&self.angles.0, &self.angles.1),
                 positions,
@@ -342,21 +328,22 @@ mod tests {
     #[test]
     fn attention_is_exact_within_rounding() {
         for (kind, tolerance) in [(Kind::Float, 2e-6), (Kind::BFloat16, 2e-2)] {
-            for dim in [32, 64, 80, 24] {
-                let given = Given::new(dim, kind);
+            for (heads, dim) in HEADS.into_iter().flat_map(|heads| [32, 64, 80, 24].map(|dim| (heads, dim))) {
+                let given = Given::new(heads, dim, kind);
                 let (keys, values) = (given.cache(), given.cache());
                 let ours = given.run(0, Seen::First(&[SLOTS as usize; SLOTS as usize]), SLOTS as usize, &keys, &values);
                 let double = |tensor: &Tensor| tensor.to_kind(Kind::Double);
-                let query = double(&given.qkv).view([SLOTS, 8, dim]).narrow(1, 0, 4);
+                let query = double(&given.qkv).view([SLOTS, heads + 2 * KV_HEADS, dim]).narrow(1, 0, heads);
                 let half = query.narrow(2, dim / 2, dim / 2);
                 let turned = Tensor::cat(&[-half, query.narrow(2, 0, dim / 2)], 2);
                 let query = (query * double(&given.angles.0).unsqueeze(1) + turned * double(&given.angles.1).unsqueeze(1))
                     .transpose(0, 1);
-                let spread = |tensor: &Tensor| double(tensor).repeat_interleave_self_int(2, 0, None);
+                let spread = |tensor: &Tensor| double(tensor).repeat_interleave_self_int(heads / KV_HEADS, 0, None);
                 let scores = query.matmul(&spread(&keys).transpose(1, 2)) / (dim as f64).sqrt();
-                let right = scores.softmax(-1, Kind::Double).matmul(&spread(&values)).transpose(0, 1).reshape([SLOTS, 4 * dim]);
+                let right =
+                    scores.softmax(-1, Kind::Double).matmul(&spread(&values)).transpose(0, 1).reshape([SLOTS, heads * dim]);
                 let error = f64::try_from((double(&ours) - right).abs().max()).unwrap();
-                assert!(error < tolerance, "{kind:?} {dim}: {error}");
+                assert!(error < tolerance, "{kind:?} {heads} heads of {dim}: {error}");
             }
         }
     }
@@ -364,8 +351,8 @@ mod tests {
     #[test]
     fn a_query_does_not_depend_on_those_beside_it() {
         for kind in [Kind::Float, Kind::BFloat16] {
-            for dim in [32, 64, 80, 24] {
-                let given = Given::new(dim, kind);
+            for (heads, dim) in HEADS.into_iter().flat_map(|heads| [32, 64, 80, 24].map(|dim| (heads, dim))) {
+                let given = Given::new(heads, dim, kind);
                 let (keys, values) = (given.cache(), given.cache());
                 let sees: Vec<usize> = (1..=SLOTS as usize).collect();
                 let together = given.run(0, Seen::First(&sees), SLOTS as usize, &keys, &values);
@@ -383,7 +370,7 @@ mod tests {
                     let some = given.run(start, seen, count, &keys, &values);
                     assert!(
                         together.narrow(0, start as i64, count as i64).equal(&some),
-                        "{kind:?} {dim}: {count} from {start} on"
+                        "{kind:?} {heads} heads of {dim}: {count} from {start} on"
                     );
                     start += count;
                 }
@@ -397,8 +384,8 @@ mod tests {
         // Kept before, rows now, and those that each row follows.
         let sequences: [(usize, usize, &[usize]); 3] = [(70, 4, &[0, 0, 1, 0]), (33, 1, &[0]), (5, 2, &[0, 0])];
         for kind in [Kind::Float, Kind::BFloat16] {
-            for dim in [64, 24] {
-                let given = Given::new(dim, kind);
+            for (heads, dim) in HEADS.into_iter().flat_map(|heads| [64, 24].map(|dim| (heads, dim))) {
+                let given = Given::new(heads, dim, kind);
                 let sees: Vec<usize> = (1..=SLOTS as usize).collect();
                 let filled = || {
                     sequences.map(|(kept, ..)| {
@@ -426,7 +413,7 @@ mod tests {
                     });
                     let spans: Vec<Span> = spans.collect();
                     let together = given.run_spans(&Tensor::cat(&rows, 0), &positions, &spans);
-                    assert!(together.equal(&Tensor::cat(&alone, 0)), "{kind:?} {dim}: {threads} threads");
+                    assert!(together.equal(&Tensor::cat(&alone, 0)), "{kind:?} {heads} heads of {dim}: {threads} threads");
                 }
             }
         }
