@@ -25,7 +25,7 @@ pub struct Strips {
 /// Which of a product's lines are asked for ahead of their use, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ahead {
-    /// None: a cache has them, from which an AMD core takes them as fast as it computes.
+    /// None: they are at hand, or an AMD core has them from a cache as fast as it computes.
     Nothing,
     /// All; what is used once, past the caches, so that it displaces nothing. AMD's cores are fastest so.
     PastCaches,
@@ -55,6 +55,7 @@ const AHEAD: usize = 2048;
 /// Bytes that a cache fetches together.
 const LINE: usize = 64;
 
+/// Whether the cores are Intel's.
 static INTEL: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     {
