@@ -20,8 +20,10 @@ use crate::tensor::{Device, Kind, Tensor};
 
 /// Outputs side by side.
 const PANEL: usize = LANES;
-/// Most rows that meet weights in registers.
+/// Rows that meet weights in registers together: most of a few, and of several, whose sums only the larger kind of registers has room for. Twice
+/// as many meet weights that are widened twice.
 const FEW: usize = 4;
+const SEVERAL: usize = 6;
 /// Rows that are worth widening weights for, however long they are.
 const MANY: usize = 64;
 /// Inputs of a group, one of which divides the other and [`BLOCK`].
@@ -329,7 +331,7 @@ impl Product {
             let rows = rows * tile / tiles..rows * (tile + 1) / tiles;
             for strip in strips.share(thread, threads) {
                 let records = unsafe { self.records.add(strip.first * (inputs / (2 * R::PAIRS)) * R::BYTES) };
-                if rows.len() > FEW {
+                if rows.len() > if V::SUMS < 24 { FEW } else { 2 * SEVERAL } {
                     unsafe { self.many::<V, R>(strip, &rows, records, &mut lines, &mut open) };
                     continue;
                 }
@@ -342,9 +344,12 @@ impl Product {
                             _ if V::SUMS < 24 => self.few::<V, R, 1>(part, &rows, records),
                             (6, 1) => self.few::<V, R, 6>(part, &rows, records),
                             (4, 1) => self.few::<V, R, 4>(part, &rows, records),
-                            (3.., _) => self.few::<V, R, 3>(part, &rows, records),
-                            (2, _) => self.few::<V, R, 2>(part, &rows, records),
-                            _ => self.few::<V, R, 1>(part, &rows, records),
+                            (3.., ..=FEW) => self.few::<V, R, 3>(part, &rows, records),
+                            (2, ..=FEW) => self.few::<V, R, 2>(part, &rows, records),
+                            (_, ..=FEW) => self.few::<V, R, 1>(part, &rows, records),
+                            (3.., 7 | 8) => self.several::<V, R, 3>(part, &rows, records),
+                            (2.., _) => self.several::<V, R, 2>(part, &rows, records),
+                            _ => self.several::<V, R, 1>(part, &rows, records),
                         }
                     };
                 }
@@ -362,6 +367,30 @@ impl Product {
                 2 => self.tile::<V, R, P, 2>(part, rows.start, records),
                 1 => self.tile::<V, R, P, 1>(part, rows.start, records),
                 _ => {}
+            }
+        }
+        P
+    }
+
+    /// All `rows`, more than [`FEW`] and at most twice [`SEVERAL`], with `P` panels, which are three only for seven rows and eight. Gives `P`.
+    #[inline(always)]
+    unsafe fn several<V: Lanes, R: Record<V>, const P: usize>(
+        &self,
+        part: Part,
+        rows: &Range<usize>,
+        records: *const u8,
+    ) -> usize {
+        let times = rows.len().div_ceil(SEVERAL);
+        for time in 0..times {
+            let row = rows.start + rows.len() * time / times;
+            let part = if time == 0 { part } else { part.at_hand() };
+            unsafe {
+                match rows.start + rows.len() * (time + 1) / times - row {
+                    6 if const { P < 3 } => self.tile::<V, R, P, 6>(part, row, records),
+                    5 if const { P < 3 } => self.tile::<V, R, P, 5>(part, row, records),
+                    4 => self.tile::<V, R, P, 4>(part, row, records),
+                    _ => self.tile::<V, R, P, 3>(part, row, records),
+                }
             }
         }
         P
@@ -506,7 +535,7 @@ mod tests {
                 crate::tensor::set_threads(threads);
                 for (compact, floats) in all(outputs, inputs) {
                     let packed = Packed::of(&floats).unwrap().unwrap();
-                    for rows in [0, 1, 2, 3, 4, 5, 8, 33, 300] {
+                    for rows in (0..14).chain([33, 300]) {
                         let x = random(&[rows, inputs]);
                         let (ours, right) = (compact.product(&x).unwrap().unwrap(), packed.product(&x).unwrap().unwrap());
                         assert!(ours.equal(&right), "{:?}: {rows} x {inputs} x {outputs}", compact.form);
