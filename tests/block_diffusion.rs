@@ -646,12 +646,13 @@ fn sequences_share_forwards_and_beginnings_and_nothing_else() {
     for name in ["sdar", "fast-dllm-v2"] {
         let settings = if name == "sdar" { json!({}) } else { json!({"cache": "dual"}) };
         let model = info(name, json!({ "diffusion": settings }), 256);
-        let requests = || -> Vec<Request> {
+        let requests = |deterministic: bool| -> Vec<Request> {
             let prompts = [1, 70, 64, 77, 100].map(|length| (0..length).map(|at| 3 + at * 7 % 140).collect::<Vec<u32>>());
             let ask = |prompt: Vec<u32>| {
                 request(&model, |options| {
                     options.diffusion.threshold = Some(0.4);
                     options.diffusion.finish_early = Some(false);
+                    options.diffusion.deterministic = Some(deterministic);
                     options.max_new_tokens = Some(20 + prompt.len() as u64 % 7);
                     options.prompt = Prompt::Tokens(prompt);
                 })
@@ -663,17 +664,23 @@ fn sequences_share_forwards_and_beginnings_and_nothing_else() {
             Engine::start(load(name, F32), Drafters::default(), model.tokenizer.clone(), limits).unwrap()
         };
         let engine = start(1, 0);
-        let alone = collect(&engine, requests());
+        let alone = collect(&engine, requests(false));
         assert!(alone.iter().all(|(_, usage)| usage.reused_tokens == 0));
         let engine = start(8, 4096);
-        let together = collect(&engine, requests());
-        let again = collect(&engine, requests());
+        let together = collect(&engine, requests(false));
+        let again = collect(&engine, requests(false));
         for (((expected, cost), (beside, shared)), (reusing, usage)) in alone.iter().zip(&together).zip(&again) {
             assert_eq!((expected, expected), (beside, reusing), "{name}");
             assert_eq!((cost.steps, cost.forwards.denoise), (shared.steps, shared.forwards.denoise), "{name}");
-            // The prompts begin alike; what is kept of them is whole blocks, and the last token is always run.
-            let block = model.config.block_length.unwrap().max(16);
+            // The prompts begin alike; what is used of them is whole blocks, and the last token is always run.
+            let block = model.config.block_length.unwrap();
             assert_eq!(usage.reused_tokens, usage.prompt_tokens.saturating_sub(1) / block * block, "{name}");
+        }
+        // Where rows depend on those beside them, what others ran is no part of a deterministic text.
+        let independent = load(name, F32).rows_are_independent();
+        for ((expected, taken), (text, usage)) in again.iter().zip(collect(&engine, requests(true))) {
+            assert_eq!(usage.reused_tokens, if independent { taken.reused_tokens } else { 0 }, "{name}");
+            assert!(!independent || text == *expected, "{name}");
         }
     }
 }

@@ -135,6 +135,15 @@ impl Method {
         }
     }
 
+    /// Whether nothing that runs beside it may show in its text, to the bit.
+    pub fn deterministic(&self) -> bool {
+        match self {
+            Self::Diffusion(parameters) => parameters.deterministic,
+            Self::Autoregressive(parameters) => parameters.deterministic,
+            Self::Scoring(_) => false,
+        }
+    }
+
     /// Whether tokens come with their log-probabilities.
     pub fn logprobs(&self) -> bool {
         matches!(self, Self::Scoring(_)) || self.sampling().alternatives > 0

@@ -1,16 +1,17 @@
 //! Keys and values of beginnings that have been seen before, in blocks of tokens: a system prompt is computed once.
 //!
-//! A tree of blocks, each reached by its tokens from the block before it, so that what is found is exactly what was asked for. A
-//! sequence copies what it finds and goes on from there. Under pressure the block goes that was used longest ago; one that others
-//! stand on does not go before them. The store knows nothing of sequences or requests.
+//! A tree of blocks, each reached by its tokens from the block before it, so that what is found is exactly what was asked for. Where no
+//! block has all of the next tokens, the first ones of the block that has most of them will do. A sequence copies what it finds and
+//! goes on from there. Under pressure the block goes that was used longest ago; one that others stand on does not go before them. The
+//! store knows nothing of sequences or requests.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::model::ModelError;
 use crate::model::cache::KvCache;
 use crate::tensor::Tensor;
 
-/// Tokens of a block, or a multiple of it: fewer would cost more to look up than to compute.
+/// Tokens of a block, or a few more: the end of a text that does not fill one is not kept.
 const BLOCK: usize = 16;
 
 type Node = u64;
@@ -30,11 +31,13 @@ struct Block {
 pub struct Prefixes {
     /// Tokens of a block.
     block: usize,
+    /// What is used of it is a multiple of this.
+    align: usize,
     /// Tokens that it may hold.
     room: usize,
     blocks: HashMap<Node, Block>,
-    /// A block by the one before it and its tokens.
-    children: HashMap<(Node, Box<[u32]>), Node>,
+    /// A block by the one before it and its tokens; in order, so that those that begin alike are neighbours.
+    children: BTreeMap<(Node, Box<[u32]>), Node>,
     next: Node,
     clock: u64,
 }
@@ -42,8 +45,9 @@ pub struct Prefixes {
 impl Prefixes {
     /// Room for so many tokens. Blocks are aligned to `align` tokens: where attention goes by blocks, the model's own.
     pub fn new(room: usize, align: usize) -> Self {
-        let block = BLOCK.div_ceil(align.max(1)) * align.max(1);
-        Self { block, room, blocks: HashMap::new(), children: HashMap::new(), next: ROOT + 1, clock: 0 }
+        let align = align.max(1);
+        let block = BLOCK.next_multiple_of(align);
+        Self { block, align, room, blocks: HashMap::new(), children: BTreeMap::new(), next: ROOT + 1, clock: 0 }
     }
 
     /// Tokens held.
@@ -55,15 +59,30 @@ impl Prefixes {
     /// always left to compute, since something has to say what follows it.
     pub fn load(&mut self, tokens: &[u32], cache: &mut KvCache) -> Result<usize, ModelError> {
         self.clock += 1;
+        let asked = &tokens[..tokens.len().saturating_sub(1)];
         let (mut node, mut loaded) = (ROOT, 0);
-        for tokens in tokens[..tokens.len().saturating_sub(1)].chunks_exact(self.block) {
-            let Some(child) = self.children.get(&(node, tokens.into())) else { break };
-            let Some(block) = self.blocks.get_mut(child) else { break };
-            cache.append(&block.data)?;
+        while let Some((child, alike)) = self.closest(node, &asked[loaded..]) {
+            let Some(block) = self.blocks.get_mut(&child) else { break };
+            cache.append(&block.data, alike)?;
             block.used = self.clock;
-            (node, loaded) = (*child, loaded + self.block);
+            (node, loaded) = (child, loaded + alike);
+            if alike < self.block {
+                break;
+            }
         }
         Ok(loaded)
+    }
+
+    /// The block behind `node` that begins with most of `tokens`, and with how many.
+    fn closest(&self, node: Node, tokens: &[u32]) -> Option<(Node, usize)> {
+        let tokens = &tokens[..tokens.len().min(self.block)];
+        let key = (node, Box::from(tokens));
+        // In order, nothing is more like it than what would stand next to it.
+        let neighbours = [self.children.range(&key..).next(), self.children.range(..&key).next_back()];
+        let siblings = neighbours.into_iter().flatten().filter(|((parent, _), _)| *parent == node);
+        let alike = |known: &[u32]| known.iter().zip(tokens).take_while(|(known, token)| known == token).count();
+        let found = siblings.map(|((_, known), child)| (*child, alike(known) / self.align * self.align));
+        found.max_by_key(|(_, alike)| *alike).filter(|(_, alike)| *alike > 0)
     }
 
     /// Keeps what `cache` holds of `tokens`, in whole blocks.
@@ -123,6 +142,9 @@ impl Prefixes {
 
 #[cfg(test)]
 mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
     use super::*;
     use crate::checkpoint::config::ModelConfig;
     use crate::tensor::{Kind, Placement};
@@ -136,7 +158,7 @@ mod tests {
     }
 
     fn empty() -> KvCache {
-        KvCache::new(&config(), Placement::CPU_F32, 128).unwrap()
+        KvCache::new(&config(), Placement::CPU_F32, 1024).unwrap()
     }
 
     /// A cache that holds, for each token, numbers that depend on it and all before it.
@@ -146,13 +168,13 @@ mod tests {
         for token in tokens {
             sum = sum * 0.5 + f64::from(*token);
             let one = Tensor::full([2, 2, 2, 1, 4], sum, (Kind::Float, tch::Device::Cpu));
-            cache.append(&one).unwrap();
+            cache.append(&one, 1).unwrap();
         }
         cache
     }
 
     fn text(length: u32, salt: u32) -> Vec<u32> {
-        (0..length).map(|at| (at * 7 + salt * at + 3) % 100).collect()
+        (0..length).map(|at| (at * 7 + salt * (at + 1) + 3) % 100).collect()
     }
 
     /// Loads, checks that what came is right, and gives how much it was.
@@ -167,20 +189,42 @@ mod tests {
     }
 
     #[test]
-    fn what_two_texts_share_is_found_in_whole_blocks() {
+    fn what_two_texts_share_is_found() {
         let mut store = Prefixes::new(1000, 1);
         let (a, mut b) = (text(70, 0), text(70, 0));
         b[40] += 1;
         assert_eq!(load(&mut store, &a), 0);
         store.store(&a, &cache(&a)).unwrap();
         assert_eq!(store.tokens(), 64);
-        assert_eq!((load(&mut store, &a), load(&mut store, &b), load(&mut store, &text(70, 1))), (64, 32, 0));
-        assert_eq!(load(&mut store, &a[..64]), 48, "the last token is left to compute");
+        assert_eq!((load(&mut store, &a), load(&mut store, &b), load(&mut store, &text(70, 1))), (64, 40, 0));
+        assert_eq!(load(&mut store, &a[..64]), 63, "the last token is left to compute");
         store.store(&b, &cache(&b)).unwrap();
         assert_eq!(store.tokens(), 96, "two blocks are shared");
         assert_eq!((load(&mut store, &a), load(&mut store, &b)), (64, 64));
         // The same tokens behind others are something else.
         assert_eq!(load(&mut store, &[&b[16..32], &a[..40]].concat()), 0);
+    }
+
+    /// Texts of few different tokens share beginnings of all lengths.
+    #[test]
+    fn nothing_that_is_held_begins_more_alike() {
+        let alike = |a: &[u32], b: &[u32]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+        for (seed, align) in [(0, 1), (1, 1), (2, 4), (3, 6), (4, 32)] {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let (mut store, mut held) = (Prefixes::new(100_000, align), vec![vec![]]);
+            let mut found = 0;
+            for _ in 0..60 {
+                let known: &Vec<u32> = &held[rng.random_range(0..held.len())];
+                let mut tokens = known[..rng.random_range(0..=known.len())].to_vec();
+                tokens.extend((0..rng.random_range(1..50)).map(|_| rng.random_range(0..2)));
+                let most = held.iter().map(|held| alike(held, &tokens[..tokens.len() - 1])).max().unwrap();
+                assert_eq!(load(&mut store, &tokens), most / align * align, "seed {seed}, blocks of {align}");
+                found += usize::from(!(most / align * align).is_multiple_of(store.block));
+                store.store(&tokens, &cache(&tokens)).unwrap();
+                held.push(tokens[..tokens.len() / store.block * store.block].to_vec());
+            }
+            assert_eq!(found > 10, align < store.block, "parts of blocks were found {found} times");
+        }
     }
 
     #[test]

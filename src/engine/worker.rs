@@ -281,6 +281,8 @@ impl Worker {
         drop(book);
         self.prefixes.shrink(room);
         let kind = Kind::of(&method);
+        // Where rows depend on those they are run with, others' chunks of a beginning would show in what follows it.
+        let fresh = fresh || method.deterministic() && !self.model.rows_are_independent();
         let begun = guarded(|| {
             let (ends, drafts, logprobs) = (method.ends().to_vec(), method.drafts(), method.logprobs());
             let decoder: Box<dyn Decoder> = match method {

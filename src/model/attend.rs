@@ -214,7 +214,7 @@ mod tests {
                 let begun = |(kept, rows, layout): &(usize, usize, Layout)| {
                     let mut cache = KvCache::new(&config, placement, 24).unwrap();
                     // What is masked must be a number.
-                    cache.append(&Tensor::zeros([2, 2, 2, 24, 16], (dtype.kind(), Device::Cpu))).unwrap();
+                    cache.append(&Tensor::zeros([2, 2, 2, 24, 16], (dtype.kind(), Device::Cpu)), 24).unwrap();
                     cache.truncate(0);
                     let before: Vec<u32> = (0..*kept as u32).map(|at| (at * 7 + *rows as u32) % 100).collect();
                     if *kept > 0 {

@@ -95,16 +95,16 @@ impl KvCache {
         Ok(self.data.f_narrow(3, start as i64, count as i64)?.f_detach_copy()?)
     }
 
-    /// Takes over what [`KvCache::slice`] gave, behind what is kept.
-    pub fn append(&mut self, data: &Tensor) -> Result<(), ModelError> {
-        let count = data.size().get(3).copied().unwrap_or(0);
-        if self.length + count as usize > self.capacity() {
-            return Err(ModelError::CacheFull { needed: self.length + count as usize, capacity: self.capacity() });
+    /// Takes over the first `count` positions of what [`KvCache::slice`] gave, behind what is kept.
+    pub fn append(&mut self, data: &Tensor, count: usize) -> Result<(), ModelError> {
+        if self.length + count > self.capacity() {
+            return Err(ModelError::CacheFull { needed: self.length + count, capacity: self.capacity() });
         }
-        if !attention::fill(&self.slots, self.length, data) {
-            self.data.f_narrow(3, self.length as i64, count)?.f_copy_(data)?;
+        if !attention::fill(&self.slots, self.length, data, count) {
+            let taken = data.f_narrow(3, 0, count as i64)?;
+            self.data.f_narrow(3, self.length as i64, count as i64)?.f_copy_(&taken)?;
         }
-        self.length += count as usize;
+        self.length += count;
         Ok(())
     }
 

@@ -100,29 +100,27 @@ impl Slots {
     }
 }
 
-/// Copies `data: [layers, 2, kv_heads, count, dim]` into the slots of all layers, from `start` on; false where it is not of their kind. Many small
-/// pieces take libtorch, which starts threads for them, longer than they take to copy.
-pub fn fill(layers: &[Slots], start: usize, data: &Tensor) -> bool {
-    let (&[count_of, 2, kv_heads, count, dim], true) = (data.size().as_slice(), plain(data)) else { return false };
+/// Copies the first `count` positions of `data: [layers, 2, kv_heads, positions, dim]` into the slots of all layers, from `start` on; false where it
+/// is not of their kind. Many small pieces take libtorch, which starts threads for them, longer than they take to copy.
+pub fn fill(layers: &[Slots], start: usize, data: &Tensor, count: usize) -> bool {
+    let (&[count_of, 2, kv_heads, positions, dim], true) = (data.size().as_slice(), plain(data)) else { return false };
     let alike = |slots: &Slots| {
         let shape = slots.kv_heads == kv_heads as usize && slots.dim == dim as usize && slots.kind == data.kind();
-        shape && start + count as usize <= slots.capacity
+        shape && start + count <= slots.capacity && count <= positions as usize
     };
     if layers.len() != count_of as usize || layers.is_empty() || !layers.iter().all(alike) {
         return false;
     }
     let size = data.kind().elt_size_in_bytes();
-    let piece = (count * dim) as usize * size;
+    let (piece, next) = (count * dim as usize * size, (positions * dim) as usize * size);
     let mut from = data.data_ptr().cast::<u8>().cast_const();
     for slots in layers {
         for to in [slots.keys, slots.values] {
             for head in 0..slots.kv_heads {
                 let place = (head * slots.head_stride + start * slots.dim) * size;
-                // SAFETY: the slots have room for so many positions, and the data is as large as its shape says.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(from, to.cast::<u8>().add(place), piece);
-                    from = from.add(piece);
-                }
+                // SAFETY: the slots have room for so many positions, and the data has them.
+                unsafe { std::ptr::copy_nonoverlapping(from, to.cast::<u8>().add(place), piece) };
+                from = from.wrapping_add(next);
             }
         }
     }
