@@ -139,7 +139,7 @@ pub struct DraftFlags {
     /// Run every step in forwards of one shape, so that drafts cannot change a text by as much as a rounding
     #[arg(long)]
     deterministic: bool,
-    /// Prompt tokens run at a time
+    /// Prompt tokens run at a time, at most 512
     #[arg(long, value_name = "N")]
     prefill_chunk: Option<u64>,
 }

@@ -85,6 +85,7 @@ impl Request {
             Method::Diffusion(parameters) => {
                 length * (1 + usize::from(parameters.cfg_scale != 0.0) + usize::from(parameters.cache.is_some()))
             }
+            Method::Autoregressive(parameters) if parameters.deterministic => length + autoregressive::CANONICAL_ROWS,
             Method::Autoregressive(parameters) => length + parameters.drafts.map_or(1, |_| autoregressive::NODES_MAX),
             Method::Scoring(_) => length,
         }
@@ -193,6 +194,9 @@ pub enum Failure {
     DeadlineExceeded,
     #[error("the model is stopping")]
     Stopping,
+    /// Its reader did not take its text, and too many others' neither.
+    #[error("the text was complete and was not read: read faster, or keep fewer calls open")]
+    Unread,
     #[error("the device's memory did not suffice: ask for fewer tokens, or try again later")]
     OutOfMemory,
     #[error("the request failed; the server's log has its id")]
@@ -384,7 +388,8 @@ impl Engine {
             return Err(Refused::Stopping);
         }
         let id = book.scheduler.submit(request.tokens(), request.priority).map_err(|refusal| book.refused(refusal))?;
-        let (reply, events) = mpsc::channel(EVENTS_MAX);
+        // One place more, for whoever has to be told that it is cut off.
+        let (reply, events) = mpsc::channel(EVENTS_MAX + 1);
         self.queue.send(Job { id, request, reply, submitted: Instant::now() }).map_err(|_| {
             book.scheduler.leave(id);
             Refused::Stopping

@@ -5,7 +5,7 @@
 //! goes on from there. Under pressure the block goes that was used longest ago; one that others stand on does not go before them. The
 //! store knows nothing of sequences or requests.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::model::ModelError;
 use crate::model::cache::KvCache;
@@ -38,6 +38,8 @@ pub struct Prefixes {
     blocks: HashMap<Node, Block>,
     /// A block by the one before it and its tokens; in order, so that those that begin alike are neighbours.
     children: BTreeMap<(Node, Box<[u32]>), Node>,
+    /// Blocks that no other stands on, the one used longest ago first.
+    leaves: BTreeSet<(u64, Node)>,
     next: Node,
     clock: u64,
 }
@@ -47,7 +49,8 @@ impl Prefixes {
     pub fn new(room: usize, align: usize) -> Self {
         let align = align.max(1);
         let block = BLOCK.next_multiple_of(align);
-        Self { block, align, room, blocks: HashMap::new(), children: BTreeMap::new(), next: ROOT + 1, clock: 0 }
+        let (blocks, children, leaves) = (HashMap::new(), BTreeMap::new(), BTreeSet::new());
+        Self { block, align, room, blocks, children, leaves, next: ROOT + 1, clock: 0 }
     }
 
     /// Tokens held.
@@ -62,9 +65,9 @@ impl Prefixes {
         let asked = &tokens[..tokens.len().saturating_sub(1)];
         let (mut node, mut loaded) = (ROOT, 0);
         while let Some((child, alike)) = self.closest(node, &asked[loaded..]) {
-            let Some(block) = self.blocks.get_mut(&child) else { break };
+            let Some(block) = self.blocks.get(&child) else { break };
             cache.append(&block.data, alike)?;
-            block.used = self.clock;
+            self.touch(child);
             (node, loaded) = (child, loaded + alike);
             if alike < self.block {
                 break;
@@ -85,8 +88,8 @@ impl Prefixes {
         found.max_by_key(|(_, alike)| *alike).filter(|(_, alike)| *alike > 0)
     }
 
-    /// Keeps what `cache` holds of `tokens`, in whole blocks.
-    pub fn store(&mut self, tokens: &[u32], cache: &KvCache) -> Result<(), ModelError> {
+    /// Keeps what `cache` holds of `tokens`, in whole blocks, where `room` is left for so many tokens in all.
+    pub fn store(&mut self, tokens: &[u32], cache: &KvCache, room: usize) -> Result<(), ModelError> {
         self.clock += 1;
         let whole = tokens.len().min(cache.len()) / self.block;
         let mut node = ROOT;
@@ -97,7 +100,7 @@ impl Prefixes {
                 self.touch(node);
                 continue;
             }
-            if self.tokens() + self.block > self.room && !self.evict() {
+            if self.tokens() + self.block > self.room.min(room) && !self.evict() {
                 return Ok(());
             }
             let data = cache.slice(index * self.block, self.block)?;
@@ -106,8 +109,10 @@ impl Prefixes {
             let block = Block { parent: node, tokens: key.1.clone(), data, used: self.clock, children: 0 };
             self.blocks.insert(child, block);
             self.children.insert(key, child);
+            self.leaves.insert((self.clock, child));
             if let Some(parent) = self.blocks.get_mut(&node) {
                 parent.children += 1;
+                self.leaves.remove(&(parent.used, node));
             }
             node = child;
         }
@@ -123,18 +128,24 @@ impl Prefixes {
 
     fn touch(&mut self, node: Node) {
         if let Some(block) = self.blocks.get_mut(&node) {
+            if self.leaves.remove(&(block.used, node)) {
+                self.leaves.insert((self.clock, node));
+            }
             block.used = self.clock;
         }
     }
 
     /// Drops the block used longest ago among those that no other stands on; never one of the chain being stored now.
     fn evict(&mut self) -> bool {
-        let free = self.blocks.iter().filter(|(_, block)| block.children == 0 && block.used < self.clock);
-        let Some(node) = free.min_by_key(|(node, block)| (block.used, **node)).map(|(node, _)| *node) else { return false };
+        let Some((_, node)) = self.leaves.first().copied().filter(|(used, _)| *used < self.clock) else { return false };
+        self.leaves.pop_first();
         let Some(block) = self.blocks.remove(&node) else { return false };
         self.children.remove(&(block.parent, block.tokens));
         if let Some(parent) = self.blocks.get_mut(&block.parent) {
             parent.children -= 1;
+            if parent.children == 0 {
+                self.leaves.insert((parent.used, block.parent));
+            }
         }
         true
     }
@@ -148,6 +159,9 @@ mod tests {
     use super::*;
     use crate::checkpoint::config::ModelConfig;
     use crate::tensor::{Kind, Placement};
+
+    /// As if nobody else needed any.
+    const ROOM: usize = usize::MAX;
 
     fn config() -> ModelConfig {
         let json = serde_json::json!({
@@ -194,11 +208,11 @@ mod tests {
         let (a, mut b) = (text(70, 0), text(70, 0));
         b[40] += 1;
         assert_eq!(load(&mut store, &a), 0);
-        store.store(&a, &cache(&a)).unwrap();
+        store.store(&a, &cache(&a), ROOM).unwrap();
         assert_eq!(store.tokens(), 64);
         assert_eq!((load(&mut store, &a), load(&mut store, &b), load(&mut store, &text(70, 1))), (64, 40, 0));
         assert_eq!(load(&mut store, &a[..64]), 63, "the last token is left to compute");
-        store.store(&b, &cache(&b)).unwrap();
+        store.store(&b, &cache(&b), ROOM).unwrap();
         assert_eq!(store.tokens(), 96, "two blocks are shared");
         assert_eq!((load(&mut store, &a), load(&mut store, &b)), (64, 64));
         // The same tokens behind others are something else.
@@ -220,7 +234,7 @@ mod tests {
                 let most = held.iter().map(|held| alike(held, &tokens[..tokens.len() - 1])).max().unwrap();
                 assert_eq!(load(&mut store, &tokens), most / align * align, "seed {seed}, blocks of {align}");
                 found += usize::from(!(most / align * align).is_multiple_of(store.block));
-                store.store(&tokens, &cache(&tokens)).unwrap();
+                store.store(&tokens, &cache(&tokens), ROOM).unwrap();
                 held.push(tokens[..tokens.len() / store.block * store.block].to_vec());
             }
             assert_eq!(found > 10, align < store.block, "parts of blocks were found {found} times");
@@ -231,7 +245,7 @@ mod tests {
     fn a_cache_that_holds_less_than_the_text_gives_what_it_has() {
         let mut store = Prefixes::new(1000, 1);
         let tokens = text(70, 0);
-        store.store(&tokens, &cache(&tokens[..40])).unwrap();
+        store.store(&tokens, &cache(&tokens[..40]), ROOM).unwrap();
         assert_eq!((store.tokens(), load(&mut store, &tokens)), (32, 32));
     }
 
@@ -239,7 +253,7 @@ mod tests {
     fn blocks_keep_the_models_alignment() {
         for (align, block) in [(1, 16), (4, 16), (6, 18), (32, 32)] {
             let mut store = Prefixes::new(1000, align);
-            store.store(&text(100, 0), &cache(&text(100, 0))).unwrap();
+            store.store(&text(100, 0), &cache(&text(100, 0)), ROOM).unwrap();
             assert_eq!(store.tokens(), 100 / block * block, "{align}");
         }
     }
@@ -249,11 +263,11 @@ mod tests {
         let mut store = Prefixes::new(96, 1);
         let texts: Vec<Vec<u32>> = (0..3).map(|salt| text(33, salt)).collect();
         for tokens in &texts {
-            store.store(tokens, &cache(tokens)).unwrap();
+            store.store(tokens, &cache(tokens), ROOM).unwrap();
         }
         assert_eq!((store.tokens(), load(&mut store, &texts[0])), (96, 32));
         let new = text(50, 9);
-        store.store(&new, &cache(&new)).unwrap();
+        store.store(&new, &cache(&new), ROOM).unwrap();
         assert_eq!(store.tokens(), 96);
         assert_eq!((load(&mut store, &new), load(&mut store, &texts[0])), (48, 32), "what was just used stays");
         assert_eq!((load(&mut store, &texts[1]), load(&mut store, &texts[2])), (0, 16));
@@ -263,10 +277,10 @@ mod tests {
         assert_eq!((store.tokens(), store.children.len()), (0, 0));
         // One text that is longer than the room keeps its beginning.
         let long = text(120, 0);
-        store.store(&long, &cache(&long)).unwrap();
+        store.store(&long, &cache(&long), ROOM).unwrap();
         assert_eq!((store.tokens(), load(&mut store, &long)), (96, 96));
         let mut none = Prefixes::new(0, 1);
-        none.store(&long, &cache(&long)).unwrap();
+        none.store(&long, &cache(&long), ROOM).unwrap();
         assert_eq!(none.tokens(), 0);
     }
 }

@@ -4,13 +4,15 @@
 //! given in the order of priority and then of arrival. Whoever is first waits for room even where a smaller one behind would fit, and
 //! everybody who is overtaken rises: neither large requests nor unimportant ones starve.
 
-use std::collections::BTreeSet;
+use std::collections::VecDeque;
 
 /// A request's number, in the order of arrival.
 pub type Id = u64;
 
 /// So many overtakings make up for one step of priority.
 const OVERTAKEN: u32 = 4;
+/// So many may have their readers behind at least, however few may wait.
+const LINGERING_MIN: usize = 64;
 /// Prompt tokens that one round computes, all sequences together, so that a long prompt does not hold up those who decode.
 pub const PREFILL_ROWS: usize = 512;
 
@@ -20,7 +22,7 @@ pub struct Bounds {
     /// Sequences that are decoded together, and their tokens.
     pub resident: usize,
     pub tokens: usize,
-    /// Requests that wait (or are complete, and wait for their readers), and the tokens of those that wait.
+    /// Requests that wait, and their tokens. As many, or 64 if that is more, may be complete and wait for their readers.
     pub queued: usize,
     pub queued_tokens: usize,
 }
@@ -59,13 +61,13 @@ pub struct Scheduler {
     waiting: Vec<Waiting>,
     /// With their tokens, in the order of admission.
     residents: Vec<(Id, usize)>,
-    /// Complete, but not yet read to the end.
-    lingering: BTreeSet<Id>,
+    /// Complete, but not yet read to the end, in the order of completion.
+    lingering: VecDeque<Id>,
 }
 
 impl Scheduler {
     pub fn new(bounds: Bounds) -> Self {
-        Self { bounds, next: 0, waiting: vec![], residents: vec![], lingering: BTreeSet::new() }
+        Self { bounds, next: 0, waiting: vec![], residents: vec![], lingering: VecDeque::new() }
     }
 
     pub fn bounds(&self) -> Bounds {
@@ -77,7 +79,7 @@ impl Scheduler {
         if tokens > self.bounds.tokens {
             return Err(Refusal::TooLarge { needed: tokens, budget: self.bounds.tokens });
         }
-        let requests = self.waiting.len() + self.lingering.len();
+        let requests = self.waiting.len();
         if requests >= self.bounds.queued.max(1) {
             return Err(Refusal::Requests(requests));
         }
@@ -111,15 +113,18 @@ impl Scheduler {
         let before = self.active();
         self.waiting.retain(|waiting| waiting.id != id);
         self.residents.retain(|(resident, _)| *resident != id);
-        self.lingering.remove(&id);
+        self.lingering.retain(|lingering| *lingering != id);
         self.active() < before
     }
 
-    /// A resident is complete and gives up its place, but its reader has not taken everything yet.
-    pub fn linger(&mut self, id: Id) {
+    /// A resident is complete and gives up its place, but its reader has not taken everything yet. Where too many readers are behind,
+    /// gives the request that has been complete for longest and has to go.
+    pub fn linger(&mut self, id: Id) -> Option<Id> {
         if self.leave(id) {
-            self.lingering.insert(id);
+            self.lingering.push_back(id);
         }
+        let most = self.bounds.queued.max(LINGERING_MIN);
+        if self.lingering.len() > most { self.lingering.pop_front() } else { None }
     }
 
     /// Requests in whatever state.
@@ -159,7 +164,7 @@ pub fn round(prefills: &[usize]) -> Vec<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
@@ -241,7 +246,9 @@ mod tests {
             Resident,
             Lingering,
         }
+        let mut cut = 0;
         for seed in 0..300 {
+            let mut behind: Vec<Id> = vec![];
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             let bounds = Bounds {
                 resident: rng.random_range(1..6),
@@ -252,15 +259,16 @@ mod tests {
             let mut scheduler = Scheduler::new(bounds);
             let mut model: BTreeMap<Id, (At, usize)> = BTreeMap::new();
             let (mut taken, mut served) = (0, BTreeSet::new());
-            for _ in 0..400 {
-                match rng.random_range(0..6) {
+            // Of every tenth seed nobody leaves, and readers fall behind.
+            let (acts, count): (&[u32], _) = if seed % 10 == 0 { (&[0, 2, 4, 4], 1200) } else { (&[0, 1, 2, 3, 4, 5], 400) };
+            for _ in 0..count {
+                match acts[rng.random_range(0..acts.len())] {
                     0 | 1 => {
                         let (tokens, priority) = (rng.random_range(1..220), rng.random_range(-3..4));
                         let waiting: Vec<_> = model.values().filter(|(at, _)| *at == At::Waiting).collect();
-                        let lingering = model.values().filter(|(at, _)| *at == At::Lingering).count();
                         let queued: usize = waiting.iter().map(|(_, tokens)| tokens).sum();
                         let fits = tokens <= bounds.tokens
-                            && waiting.len() + lingering < bounds.queued
+                            && waiting.len() < bounds.queued
                             && (waiting.is_empty() || queued + tokens <= bounds.queued_tokens);
                         match scheduler.submit(tokens, priority) {
                             Ok(id) => {
@@ -281,8 +289,19 @@ mod tests {
                     4 => {
                         let complete = model.iter().find(|(_, (at, _))| *at == At::Resident).map(|(id, _)| *id);
                         if let Some(id) = complete {
-                            scheduler.linger(id);
+                            let gone = scheduler.linger(id);
                             model.insert(id, (At::Lingering, 0));
+                            behind.push(id);
+                            behind.retain(|id| model.contains_key(id));
+                            assert_eq!(
+                                gone,
+                                (behind.len() > LINGERING_MIN).then_some(behind[0]),
+                                "the one that is behind for longest"
+                            );
+                            if let Some(id) = gone {
+                                model.remove(&id);
+                                cut += 1;
+                            }
                         }
                     }
                     _ => {
@@ -313,5 +332,6 @@ mod tests {
             }
             assert_eq!((scheduler.active(), model.len(), served.len()), (0, 0, taken));
         }
+        assert!(cut > 0, "readers fell behind");
     }
 }

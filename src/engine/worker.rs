@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use opentelemetry::KeyValue;
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, OwnedPermit};
 use tracing::{debug, error};
 
 use super::outbox::Outbox;
@@ -39,6 +39,8 @@ struct Reader {
     given: Vec<Given>,
     steps: bool,
     deadline: Option<Instant>,
+    /// Kept for being cut off, of which nobody can be told whose channel is full.
+    last: Option<OwnedPermit<Result<Event, Failure>>>,
 }
 
 impl Reader {
@@ -64,6 +66,13 @@ impl Reader {
     fn fail(&mut self, failure: Failure) {
         self.outbox.fail(failure);
         self.give();
+    }
+
+    /// Ends without what waits, so that a reader that never looks costs nothing any more.
+    fn cut_off(self) {
+        if let Some(place) = self.last {
+            place.send(Err(Failure::Unread));
+        }
     }
 
     /// Why the request must end before it is complete, if it must.
@@ -275,7 +284,8 @@ impl Worker {
     fn take(&mut self, job: Job) {
         let Job { id, request, reply, submitted } = job;
         let Request { id: name, canvas, method, stops, steps, deadline, fresh, trace, .. } = request;
-        let reader = Reader { id, name, reply, outbox: Outbox::default(), given: vec![], steps, deadline };
+        let last = reply.clone().try_reserve_owned().ok();
+        let reader = Reader { id, name, reply, outbox: Outbox::default(), given: vec![], steps, deadline, last };
         let book = self.state.book();
         let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
         drop(book);
@@ -416,7 +426,10 @@ impl Worker {
         let prompt = !resident.stored && cache.len() + 1 >= resident.sequence.decoder().canvas().prompt_len();
         if prompt || resident.sequence.finish_reason().is_some() {
             resident.stored = true;
-            if let Err(reason) = self.prefixes.store(resident.sequence.known(), cache) {
+            let book = self.state.book();
+            let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
+            drop(book);
+            if let Err(reason) = self.prefixes.store(resident.sequence.known(), cache, room) {
                 // Nothing but time is lost.
                 debug!(request = resident.reader.name, %reason, "its keys could not be kept for others");
             }
@@ -452,9 +465,15 @@ impl Worker {
         if reader.outbox.is_empty() || reader.reply.is_closed() {
             book.scheduler.leave(reader.id);
         } else {
-            book.scheduler.linger(reader.id);
+            let behind = book.scheduler.linger(reader.id);
             drop(book);
             self.lingering.push(reader);
+            if let Some(at) = self.lingering.iter().position(|reader| Some(reader.id) == behind) {
+                let reader = self.lingering.remove(at);
+                debug!(request = reader.name, "cut off: it was complete and was not read");
+                self.state.count(&Failure::Unread);
+                reader.cut_off();
+            }
         }
     }
 

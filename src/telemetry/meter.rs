@@ -106,6 +106,7 @@ pub struct Ends {
     pub client_left: Counter,
     pub deadline: Counter,
     pub stopping: Counter,
+    pub unread: Counter,
     pub out_of_memory: Counter,
     pub internal: Counter,
 }
@@ -149,6 +150,7 @@ impl Meter {
             Failure::Cancelled => &ends.client_left,
             Failure::DeadlineExceeded => &ends.deadline,
             Failure::Stopping => &ends.stopping,
+            Failure::Unread => &ends.unread,
             Failure::OutOfMemory => &ends.out_of_memory,
             Failure::Internal => &ends.internal,
         }

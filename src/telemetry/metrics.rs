@@ -266,6 +266,7 @@ impl Metrics {
             too_large: rejected("too_large"),
             refused_stopping: rejected("stopping"),
             client_left: cancelled("client_left"),
+            unread: cancelled("unread"),
             deadline: cancelled("deadline"),
             stopping: cancelled("stopping"),
             out_of_memory: cancelled("out_of_memory"),

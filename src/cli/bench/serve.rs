@@ -231,10 +231,12 @@ impl Options {
 fn settings(started: &proto::Started) -> (&'static str, Option<String>, Value) {
     let (method, drafter, settings) = match (&started.diffusion, &started.autoregressive) {
         (Some(diffusion), _) => {
+            let cache = diffusion.cache().as_str_name().trim_start_matches("DIFFUSION_CACHE_").to_lowercase();
             let settings = json!({
                 "steps": diffusion.steps, "threshold": diffusion.threshold, "factor": diffusion.factor,
                 "entropy_bound": diffusion.entropy_bound, "block_length": diffusion.block_length,
                 "cfg_scale": diffusion.cfg_scale, "finish_early": diffusion.finish_early,
+                "cache": cache, "deterministic": diffusion.deterministic,
             });
             ("diffusion", None, settings)
         }

@@ -6,14 +6,13 @@ use super::{GenerateOptions, Invalid, ModelInfo, invalid, sampling, whole};
 use crate::decode::autoregressive::adaptation::Shape;
 use crate::decode::autoregressive::{DrafterKind, Drafts, NODES_MAX, Parameters};
 use crate::decode::canvas::Piece;
+use crate::engine::scheduler::PREFILL_ROWS;
 use crate::model::family::Attention;
 
 /// Longest draft, whatever the drafter.
 pub const DRAFT_LENGTH_MAX: u64 = 16;
 /// Candidates side by side, at most.
 pub const BEAM_WIDTH_MAX: u64 = 10;
-/// Prompt tokens run at a time, where a request does not say.
-const CHUNK: usize = 512;
 
 /// Who drafts, if anyone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +91,8 @@ pub fn parameters(model: &ModelInfo, options: &GenerateOptions, given: usize, pi
     let drafts = drafts(model, asked, &defaults, sampling.temperature)?;
     Ok(Parameters {
         ends,
-        chunk: whole("prefill_chunk", asked.prefill_chunk.or(defaults.prefill_chunk), 1 << 16)?.unwrap_or(CHUNK),
+        chunk: whole("prefill_chunk", asked.prefill_chunk.or(defaults.prefill_chunk), PREFILL_ROWS as u64)?
+            .unwrap_or(PREFILL_ROWS),
         seed: options.sampling.seed.unwrap_or_else(rand::random),
         deterministic: asked.deterministic.or(defaults.deterministic).unwrap_or(false),
         drafts,
