@@ -46,7 +46,11 @@ def main():
     def pytorch(name, grid):
         command = [sys.executable, str(ROOT / "scripts/cuda/torch_forward.py"), str(shape(run, name)), "--device", run.device, "--dtype", dtype,
                    "--runs", str(runs), *[flag for pair in zip(["--window", "--prefix", "--sequences"], map(",".join, grid)) for flag in pair]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(run.left() + 20, 1))
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=max(run.left() + 20, 1))
+        except subprocess.TimeoutExpired:
+            run.problems.append(f"out of time: {name} in PyTorch")
+            return
         if done.returncode != 0:
             run.problems.append("PyTorch: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1])
             return

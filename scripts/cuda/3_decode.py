@@ -93,7 +93,11 @@ def main():
                 for old in os.listdir(work):
                     shutil.rmtree(f"{work}/{old}")
                 command = [sys.executable, str(ROOT / "scripts/cuda/random_model.py"), str(shape(run, name)), folder, "--device", run.device]
-                made = subprocess.run(command, capture_output=True, text=True)
+                try:
+                    made = subprocess.run(command, capture_output=True, text=True, timeout=max(run.left() + 20, 1))
+                except subprocess.TimeoutExpired:
+                    run.problems.append(f"out of time: random weights of {name}")
+                    break
                 if made.returncode != 0:
                     run.problems.append("random weights: " + (made.stderr.strip().splitlines() or ["?"])[-1])
                     continue

@@ -8,22 +8,45 @@ is, the same step is timed without and the table says only that.
 """
 
 import csv
-import io
 import shutil
 
 from common import Run, parser, shape
 
 
-def kernels(text, name, value, scale):
-    """Time by kernel from a tool's CSV, whatever it prints before it."""
-    lines = [line for line in text.splitlines() if line.count(",") > 3 or line.startswith('"')]
+# Milliseconds in what the tools call their units; nsys says nothing but nanoseconds.
+UNITS = {unit: scale for scale, units in [(1e-6, ["", "ns", "nsecond"]), (1e-3, ["us", "usecond"]), (1.0, ["ms", "msecond"]), (1e3, ["s", "second"])]
+         for unit in units}
+
+
+def kernels(text, name, value):
+    """Time by kernel from a tool's CSV, whatever it and the program print before it: kernel, launches, milliseconds."""
+    lines = text.splitlines()
+    header = next((at for at, line in enumerate(lines) if name in next(csv.reader([line]), [])), len(lines))
     spent = {}
-    for row in csv.DictReader(io.StringIO("\n".join(lines))):
+    for row in csv.DictReader(lines[header:]):
         kernel, time_ = row.get(name), (row.get(value) or "").replace(",", "")
-        if kernel and time_.replace(".", "", 1).isdigit():
+        scale = UNITS.get(row.get("Metric Unit") or "")
+        if kernel and scale and time_.replace(".", "", 1).isdigit():
             count, total = spent.get(kernel, (0, 0.0))
             spent[kernel] = (count + int(row.get("Instances") or 1), total + float(time_) * scale)
-    return sorted(([kernel, count, total] for kernel, (count, total) in spent.items()), key=lambda entry: -entry[2])
+    return sorted(([kernel, count, round(total, 6)] for kernel, (count, total) in spent.items()), key=lambda entry: -entry[2])
+
+
+# What both tools print, as far as it matters here; read in every dry run.
+SAID = [
+    (("Name", "Total Time (ns)"), """Processing [a.sqlite] with [cuda_gpu_kern_sum.py]...
+Time (%),Total Time (ns),Instances,Avg (ns),Name
+75.0,3000000,3,1000000.0,"gemm<128, 64>(float*, int)"
+25.0,1000000,1,1000000.0,softmax
+""", [["gemm<128, 64>(float*, int)", 3, 3.0], ["softmax", 1, 1.0]]),
+    (("Kernel Name", "Metric Value"), """==PROF== Connected to process 1
+llada: bf16, NVIDIA H100, 1,000 MiB, of 2,000 MiB, free
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","gemm<128, 64>(float*, int)","gpu__time_duration.sum","us","1,500.5"
+"1","1","gemm<128, 64>(float*, int)","gpu__time_duration.sum","ns","500,000"
+"2","1","softmax","gpu__time_duration.sum","ms","1"
+""", [["gemm<128, 64>(float*, int)", 2, 2.0005], ["softmax", 1, 1.0]]),
+]
 
 
 def main():
@@ -49,13 +72,15 @@ def main():
         tool, report = "nsys", run.out.resolve() / "profile.nsys-rep"
         done = run.call("profile", "--force-overwrite", "true", "--output", report, run.lacuna, *few, program=nsys)
         stats = done and run.call("stats", "--report", "cuda_gpu_kern_sum", "--format", "csv", report, program=nsys)
-        spent = kernels(stats.stdout, "Name", "Total Time (ns)", 1e-6) if stats else []
+        spent = kernels(stats.stdout, *SAID[0][0]) if stats else []
     elif not run.dry and (ncu := shutil.which("ncu")):
         tool = "ncu"
         done = run.call("--csv", "--metrics", "gpu__time_duration.sum", "--launch-skip", 2000, "--launch-count", args.kernels, run.lacuna, *few, program=ncu)
-        spent = kernels(done.stdout, "Kernel Name", "Metric Value", 1e-6) if done else []
+        spent = kernels(done.stdout, *SAID[1][0]) if done else []
     else:
         spent = []
+    for columns, said, right in SAID if run.dry else []:
+        run.check(f"what is said in columns {', '.join(columns)} is read", kernels(said, *columns) == right)
     run.check("a profile came", run.dry or bool(spent), tool or "neither nsys nor ncu is here")
     all_ = sum(total for _, _, total in spent) or 1.0
     found |= {"tool": tool, "kernels": spent[:60]}

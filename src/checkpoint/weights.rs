@@ -18,6 +18,7 @@ use super::gguf::blocks::{Block, Groups};
 use super::gguf::reader::Info;
 use super::quantization::{Part, Quantization, tensors};
 use crate::model::blocks::Blocks;
+use crate::model::linear::computes;
 use crate::model::quantized::Matrix;
 use crate::model::{Source, TensorSpec};
 use crate::tensor::{Dtype, Kind, Placement, Tensor, shared_cache};
@@ -189,7 +190,8 @@ impl WeightFiles {
         let stored = |part: &Part| self.entries.get(&part.name).map_or(0, |entry| entry.range.len());
         let elements = spec.shape.iter().product::<i64>() as usize;
         match (self.quantization.as_ref().and_then(|quantization| quantization.form(&spec.name)), self.kept(spec, placement)) {
-            (Some(_), _) => self.parts(spec).iter().map(stored).sum(),
+            (Some(form), _) if computes(form.scheme, placement) => self.parts(spec).iter().map(stored).sum(),
+            (Some(_), _) => elements * placement.dtype.size(),
             (None, Some(Entry { stored: Stored::Blocks(block), .. })) => block.held_bytes(elements),
             (None, Some(_)) => elements * size_of::<u16>(),
             (None, None) => elements * placement.dtype.size(),

@@ -14,6 +14,7 @@ use crate::draft::Drafters;
 use crate::engine::memory::{self, Need};
 use crate::engine::request::{ModelInfo, check_defaults};
 use crate::engine::{Engine, Limits};
+use crate::model::linear::computes;
 use crate::model::quantized::{Codes, Scheme};
 use crate::model::{Graphs, Transformer, manifest};
 use crate::service::{Loader, Served};
@@ -105,7 +106,7 @@ impl RunOptions {
     pub fn bare(&self, config: &ModelConfig, placement: Placement) -> Need {
         let context = config.max_positions.min(self.context as usize);
         Need {
-            weights: self.weight_bytes(config, placement.dtype),
+            weights: self.weight_bytes(config, placement),
             drafters: 0,
             token: memory::bytes_per_token(config, placement) as u64,
             tokens_min: context,
@@ -114,10 +115,13 @@ impl RunOptions {
         }
     }
 
-    /// Bytes of all weights; of what is quantised here, without its scales.
-    fn weight_bytes(&self, config: &ModelConfig, dtype: Dtype) -> u64 {
+    /// Bytes of all weights; of what is quantised here, without its scales. Where nothing computes with such weights they become floats.
+    fn weight_bytes(&self, config: &ModelConfig, placement: Placement) -> u64 {
+        let dtype = placement.dtype;
         let (all, embedding) = (config.parameters() as u64, (config.vocab_size * config.hidden_size) as u64);
-        let Some(scheme) = self.quantize else { return all * dtype.size() as u64 };
+        let Some(scheme) = self.quantize.filter(|scheme| computes(*scheme, placement)) else {
+            return all * dtype.size() as u64;
+        };
         // The head has weights of its own then, of eight bits, also where it was the embedding.
         let head = embedding;
         let others = all - embedding - if config.tied { 0 } else { head };
@@ -282,11 +286,14 @@ mod tests {
         halves.files = halves.files.halves(true);
         cases.push((halves, None));
         cases.push((open(&root.join("tests/fixtures/gguf/llama.gguf")).unwrap(), None));
-        for (checkpoint, scheme) in cases {
+        let cases = cases.into_iter().map(|(checkpoint, scheme)| (checkpoint, scheme, None));
+        // Nothing computes with such weights in f16 here.
+        let floats = (nano(), Some(Scheme::INT8), Some(Dtype::F16));
+        for (checkpoint, scheme, dtype) in cases.chain([floats]) {
             let run = RunOptions {
                 drafters: None,
                 device: "cpu".into(),
-                dtype: None,
+                dtype,
                 quantize: scheme,
                 cuda_graphs: Switch::On,
                 threads: 1,

@@ -24,6 +24,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::rc::Rc;
@@ -130,8 +131,10 @@ impl Graphs {
 
     fn record(&self, model: &Transformer, bucket: usize) -> Option<Recorded> {
         let recorded = self.recorder.enter().and_then(|()| {
-            let recorded = self.pieces(model, bucket);
-            self.recorder.leave().and(recorded)
+            // Whatever happens in between, what was entered is left: a panic goes on from there.
+            let recorded = catch_unwind(AssertUnwindSafe(|| self.pieces(model, bucket)));
+            let left = self.recorder.leave();
+            left.and(recorded.unwrap_or_else(|panic| resume_unwind(panic)))
         });
         match recorded {
             Ok(recorded) => {

@@ -177,6 +177,24 @@ fn quantized(weight: Quantized, placement: Placement) -> Result<(Option<Scheme>,
     Ok((None, plain(weight.dequantized(placement.dtype.kind())?)?))
 }
 
+/// Whether something computes with a scheme's weights in this place as they are; else they become floats, for which there has to be
+/// room. Found out once, on a small matrix of sizes that suit every form.
+pub fn computes(scheme: Scheme, placement: Placement) -> bool {
+    static FOUND: Mutex<Vec<(Scheme, Placement, bool)>> = Mutex::new(vec![]);
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((.., computes)) = found.iter().find(|(known, place, _)| (*known, *place) == (scheme, placement)) {
+        return *computes;
+    }
+    let held = || {
+        let weight = Tensor::f_arange(256 * 256, (Kind::Float, Device::Cpu))?.f_sin()?.f_view([256, 256])?;
+        Ok::<_, ModelError>(quantized(Quantized::of(&weight.f_to_device(placement.device)?, scheme)?, placement)?.0.is_some())
+    };
+    // What goes wrong here goes wrong when the model is loaded, too, and is told then.
+    let computes = held().unwrap_or(false);
+    found.push((scheme, placement, computes));
+    computes
+}
+
 /// Says something of a form and a scheme in a place for the first matrix that it is true of: a model has hundreds.
 fn told_once(what: &'static str, scheme: Scheme, placement: Placement, tell: impl FnOnce()) {
     static TOLD: Mutex<Vec<(&str, Scheme, Placement)>> = Mutex::new(vec![]);
