@@ -4,6 +4,7 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use common::{F32, TOKENIZER, llama_config};
@@ -18,7 +19,7 @@ use lacuna::engine::request::{
 };
 use lacuna::engine::runner::{self, Member, Residence};
 use lacuna::engine::sequence::Sequence;
-use lacuna::engine::{Engine, Event, Failure, Limits, Refused, Request, Usage};
+use lacuna::engine::{Engine, Event, Failure, Limits, Method, Refused, Request, Usage};
 use lacuna::model::quantized::Scheme;
 use lacuna::model::{RandomWeights, Transformer};
 use lacuna::tensor::{Device, Dtype, Placement};
@@ -81,7 +82,7 @@ fn mixed(model: &ModelInfo, count: u64) -> Vec<Request> {
             options.diffusion.cfg_scale = (index % 7 == 6).then_some(0.5).filter(|_| (index / 2).is_multiple_of(3));
         } else if model.name == "nano-block" {
             options.diffusion.cache = (index % 5 == 4).then_some(CacheChoice::Off);
-            options.diffusion.threshold = (index % 3 != 0).then_some([0.9, 0.99][index as usize % 2]);
+            options.diffusion.threshold = (!index.is_multiple_of(3)).then_some([0.9, 0.99][index as usize % 2]);
         } else {
             let kinds = [None, Some(DrafterKind::Redrafter), None, Some(DrafterKind::Medusa), Some(DrafterKind::Lookup)];
             options.autoregressive.drafter = kinds[index as usize % 5].map(DrafterChoice::Use);
@@ -267,6 +268,54 @@ fn one_that_breaks_ends_and_the_others_do_not_notice() {
             How::Panics => assert!(reason.contains("panicked"), "{reason}"),
             How::TooLong => assert!(reason.contains("exceed"), "{reason}"),
         }
+    }
+}
+
+/// What the engine logs.
+static LOG: Mutex<Vec<u8>> = Mutex::new(vec![]);
+
+struct Log;
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOG.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// In an engine: the request that fails is told so, the log has its id and the reason, and all others go on.
+#[test]
+fn one_request_that_fails_takes_nobody_with_it() {
+    tracing_subscriber::fmt().with_ansi(false).with_writer(|| Log).init();
+    for name in ["nano-ar", "nano"] {
+        let (model, engine) = start(name, F32, many());
+        let mut requests = mixed(&model, 8);
+        let alone: Vec<Vec<u32>> = requests.iter().map(|request| collect(engine.submit(request.clone()).unwrap()).1).collect();
+        // With no token left to choose none has a finite logit.
+        let all = 0..model.config.vocab_size as u32;
+        match &mut requests[3].method {
+            Method::Autoregressive(parameters) => parameters.sampling.forbidden.extend(all),
+            Method::Diffusion(parameters) => parameters.sampling.forbidden.extend(all),
+            Method::Scoring(_) => unreachable!(),
+        }
+        requests[3].id = format!("one-that-fails-in-{name}");
+        let events: Vec<Events> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+        for (index, (mut events, alone)) in events.into_iter().zip(&alone).enumerate() {
+            if index == 3 {
+                let last = std::iter::from_fn(|| events.blocking_recv()).last();
+                assert!(matches!(last, Some(Err(Failure::Internal))), "{last:?}");
+            } else {
+                assert_eq!(collect(events).1, *alone, "{name}, request {index}");
+            }
+        }
+        wait("its place is not free", || engine.active() == 0);
+        assert_eq!(collect(engine.submit(requests[0].clone()).unwrap()).1, alone[0], "{name}: the engine goes on");
+        let log = String::from_utf8(LOG.lock().unwrap().clone()).unwrap();
+        let told = log.lines().find(|line| line.contains(&requests[3].id)).unwrap_or_default();
+        assert!(told.contains("ERROR") && told.contains("not finite"), "{log}");
     }
 }
 

@@ -121,6 +121,12 @@ pub fn run(model: &Transformer, window: &Window, residence: &Residence) -> Resul
 
 /// Runs all windows in one forward. The outer error is the forward's; an inner one is a window's own (numbers that are not finite).
 pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, ModelError>>, ModelError> {
+    run_parts(model, asks, || {})
+}
+
+/// [`run_all`], with `settle` after each part: a GPU computes on while the next part is being told to it, so that whoever wants the
+/// parts' own times has to wait there.
+pub fn run_parts(model: &Transformer, asks: &[Ask], settle: impl Fn()) -> Result<Vec<Result<Outcome, ModelError>>, ModelError> {
     tch::no_grad(|| {
         let started = Instant::now();
         let tokens: Vec<Vec<u32>> = asks.iter().map(|ask| tokens(model, ask.window)).collect();
@@ -143,6 +149,7 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
             Some(chosen) => states.f_index_select(0, &chosen)?,
             None => states,
         });
+        settle();
         let forward = started.elapsed();
         let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
         let (mut ledger, mut judging) = (Ledger::default(), Duration::ZERO);
@@ -155,6 +162,7 @@ pub fn run_all(model: &Transformer, asks: &[Ask]) -> Result<Vec<Result<Outcome, 
                 _ if count == rows.len() => Some(model.logits(&states)?),
                 _ => Some(model.logits(&states.f_narrow(0, from as i64, count as i64)?)?),
             };
+            settle();
             let head = began.elapsed();
             heads.extend(group.clone().map(|index| mine(head, places[index].1 * asks[index].sequences(), count)));
             let began = Instant::now();

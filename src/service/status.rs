@@ -127,7 +127,7 @@ pub fn failure(failure: &Failure, request: &str) -> Status {
         Failure::Cancelled => status(Code::Cancelled, failure.to_string(), ErrorDetails::new()),
         Failure::DeadlineExceeded => deadline_exceeded(),
         Failure::Stopping => status(Code::Unavailable, failure.to_string(), ErrorDetails::with_retry_info(Some(RETRY))),
-        Failure::Unread => status(Code::ResourceExhausted, failure.to_string(), ErrorDetails::new()),
+        Failure::Unread => status(Code::ResourceExhausted, failure.to_string(), ErrorDetails::with_retry_info(Some(RETRY))),
         Failure::OutOfMemory => {
             let mut details = ErrorDetails::with_retry_info(Some(RETRY));
             details.set_request_info(request, "");

@@ -114,7 +114,7 @@ fn differences(a: &About, b: &About) -> Vec<Difference> {
 
 fn rows(a: &Summary, b: &Summary) -> Vec<Row> {
     type Figure = (&'static str, fn(&Summary) -> Option<f64>);
-    let figures: [Figure; 15] = [
+    let figures: [Figure; 16] = [
         ("tokens/s", |lane| Some(lane.tokens_per_second)),
         ("requests/s", |lane| Some(lane.requests_per_second)),
         ("goodput/s", |lane| lane.goodput_per_second),
@@ -129,6 +129,7 @@ fn rows(a: &Summary, b: &Summary) -> Vec<Row> {
         ("total p99 ms", |lane| of(lane.latency_ms.total, |s| s.p99)),
         ("queue p50 ms", |lane| of(lane.queue_ms, |s| s.p50)),
         ("rejected", |lane| Some(lane.counted.rejected as f64)),
+        ("cancelled", |lane| Some(lane.counted.cancelled as f64)),
         ("failed", |lane| Some(lane.counted.failed as f64)),
     ];
     let row = |(figure, value): Figure| Some(Row { lane: a.lane.clone(), figure, a: value(a)?, b: value(b)? });

@@ -21,6 +21,7 @@ use crate::decode::{Purpose, Sampling, Window};
 use crate::engine::runner::{self, Ask, Residence};
 use crate::engine::sequence::Sequence;
 use crate::model::Transformer;
+use crate::tensor::synchronize;
 
 /// Shape and length of the measurement.
 #[derive(Clone, Copy, Debug)]
@@ -94,7 +95,8 @@ fn round(model: &Transformer, tokenizer: &Tokenizer, options: &Options, prompt: 
     let windows: Vec<Window> = sequences.iter().filter_map(Sequence::window).collect();
     let residence = Residence::default();
     let asks: Vec<Ask> = windows.iter().map(|window| Ask { window, residence: &residence }).collect();
-    for (sequence, outcome) in sequences.iter_mut().zip(runner::run_all(model, &asks)?) {
+    let outcomes = runner::run_parts(model, &asks, || synchronize(model.placement().device))?;
+    for (sequence, outcome) in sequences.iter_mut().zip(outcomes) {
         let (outcome, advancing) = (outcome?, Instant::now());
         std::hint::black_box(sequence.advance(&outcome, Purpose::Denoise, tokenizer).map_err(anyhow::Error::msg)?);
         event += advancing.elapsed();

@@ -132,6 +132,7 @@ mod tests {
             (status::refused(&Refused::TooLarge { needed: 3, budget: 2 }), 413, "invalid_request_error", None),
             (status::refused(&Refused::Stopping), 503, "server_error", Some("1")),
             (status::failure(&Failure::OutOfMemory, "id"), 503, "server_error", Some("1")),
+            (status::failure(&Failure::Unread, "id"), 429, "rate_limit_error", Some("1")),
             (status::failure(&Failure::DeadlineExceeded, "id"), 504, "server_error", None),
             (status::failure(&Failure::Internal, "id"), 500, "server_error", None),
             (status::unable("it cannot".into()), 400, "invalid_request_error", None),
