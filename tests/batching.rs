@@ -451,10 +451,8 @@ fn readers_that_never_look_give_way_to_those_who_do() {
     let expected = collect(engine.submit(asked()).unwrap()).1;
     let mut stalled: Vec<Events> = vec![];
     while stalled.len() < 66 {
-        match engine.submit(asked()) {
-            Ok(events) => stalled.push(events),
-            Err(refused) => assert!(matches!(refused, Refused::QueueFull { .. }), "{refused}"),
-        }
+        // Never refused for those that are complete: nobody waits by then.
+        stalled.push(engine.submit(asked()).unwrap());
         wait("they are not decoded", || engine.load().waiting == 0);
     }
     wait("two have to go", || engine.active() == 64);

@@ -32,14 +32,16 @@ def kernels(text, name, value):
     return sorted(([kernel, count, round(total, 6)] for kernel, (count, total) in spent.items()), key=lambda entry: -entry[2])
 
 
+# The columns of a kernel's name and its time.
+NSYS, NCU = ("Name", "Total Time (ns)"), ("Kernel Name", "Metric Value")
 # What both tools print, as far as it matters here; read in every dry run.
 SAID = [
-    (("Name", "Total Time (ns)"), """Processing [a.sqlite] with [cuda_gpu_kern_sum.py]...
+    (NSYS, """Processing [a.sqlite] with [cuda_gpu_kern_sum.py]...
 Time (%),Total Time (ns),Instances,Avg (ns),Name
 75.0,3000000,3,1000000.0,"gemm<128, 64>(float*, int)"
 25.0,1000000,1,1000000.0,softmax
 """, [["gemm<128, 64>(float*, int)", 3, 3.0], ["softmax", 1, 1.0]]),
-    (("Kernel Name", "Metric Value"), """==PROF== Connected to process 1
+    (NCU, """==PROF== Connected to process 1
 llada: bf16, NVIDIA H100, 1,000 MiB, of 2,000 MiB, free
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","1","gemm<128, 64>(float*, int)","gpu__time_duration.sum","us","1,500.5"
@@ -72,11 +74,11 @@ def main():
         tool, report = "nsys", run.out.resolve() / "profile.nsys-rep"
         done = run.call("profile", "--force-overwrite", "true", "--output", report, run.lacuna, *few, program=nsys)
         stats = done and run.call("stats", "--report", "cuda_gpu_kern_sum", "--format", "csv", report, program=nsys)
-        spent = kernels(stats.stdout, *SAID[0][0]) if stats else []
+        spent = kernels(stats.stdout, *NSYS) if stats else []
     elif not run.dry and (ncu := shutil.which("ncu")):
         tool = "ncu"
         done = run.call("--csv", "--metrics", "gpu__time_duration.sum", "--launch-skip", 2000, "--launch-count", args.kernels, run.lacuna, *few, program=ncu)
-        spent = kernels(done.stdout, *SAID[1][0]) if done else []
+        spent = kernels(done.stdout, *NCU) if done else []
     else:
         spent = []
     for columns, said, right in SAID if run.dry else []:

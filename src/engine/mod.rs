@@ -9,6 +9,7 @@ pub mod memory;
 pub mod outbox;
 mod post;
 pub mod prefix;
+mod reader;
 pub mod request;
 pub mod runner;
 pub mod scheduler;
@@ -194,7 +195,7 @@ pub enum Failure {
     DeadlineExceeded,
     #[error("the model is stopping")]
     Stopping,
-    /// Its reader did not take its text, and too many others' neither.
+    /// Its reader did not take its text, nor did too many others take theirs.
     #[error("the text was complete and was not read: read faster, or keep fewer calls open")]
     Unread,
     #[error("the device's memory did not suffice: ask for fewer tokens, or try again later")]

@@ -241,6 +241,33 @@ mod tests {
         }
     }
 
+    /// Under pressure, and with some of them used again: what may go is what nothing stands on, in the order of its last use.
+    #[test]
+    fn what_goes_first_is_always_known() {
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let (mut store, mut held) = (Prefixes::new(320, 1), vec![vec![]]);
+        for turn in 0..300 {
+            let known: &Vec<u32> = &held[rng.random_range(0..held.len())];
+            let mut tokens = known[..rng.random_range(0..=known.len().min(100))].to_vec();
+            tokens.extend((0..rng.random_range(1..40)).map(|_| rng.random_range(0..2)));
+            load(&mut store, &tokens);
+            let room = if turn % 7 == 0 { 160 } else { ROOM };
+            let before = store.tokens();
+            store.store(&tokens, &cache(&tokens), room).unwrap();
+            assert!(store.tokens() <= before.max(room.min(320)), "it grows within its room and what others leave");
+            if turn % 50 == 49 {
+                store.shrink(64);
+                assert!(store.tokens() <= 64);
+            }
+            held.push(tokens);
+            let standing = |node: &Node| store.blocks.values().filter(|block| block.parent == *node).count();
+            assert!(store.blocks.iter().all(|(node, block)| block.children == standing(node)));
+            let free = store.blocks.iter().filter(|(_, block)| block.children == 0);
+            assert_eq!(store.leaves, free.map(|(node, block)| (block.used, *node)).collect());
+            assert_eq!(store.children.len(), store.blocks.len());
+        }
+    }
+
     #[test]
     fn a_cache_that_holds_less_than_the_text_gives_what_it_has() {
         let mut store = Prefixes::new(1000, 1);

@@ -98,8 +98,7 @@ impl Scheduler {
     pub fn admit(&mut self) -> Option<Id> {
         let (index, first) = self.waiting.iter().enumerate().max_by_key(|(_, waiting)| waiting.rank())?;
         let first = *first;
-        let room = self.residents.len() < self.bounds.resident.max(1) && self.tokens() + first.tokens <= self.bounds.tokens;
-        if !room {
+        if self.residents.len() >= self.bounds.resident.max(1) || first.tokens > self.room() {
             return None;
         }
         self.waiting.remove(index);
@@ -142,6 +141,11 @@ impl Scheduler {
 
     pub fn residents(&self) -> usize {
         self.residents.len()
+    }
+
+    /// Tokens that the residents leave.
+    pub fn room(&self) -> usize {
+        self.bounds.tokens.saturating_sub(self.tokens())
     }
 
     /// Tokens of the residents.

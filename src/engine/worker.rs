@@ -2,20 +2,19 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use opentelemetry::KeyValue;
-use tokio::sync::mpsc::{self, OwnedPermit};
+use tokio::sync::mpsc;
 use tracing::{debug, error};
 
-use super::outbox::Outbox;
-use super::post::{Given, Post};
+use super::post::Post;
 use super::prefix::Prefixes;
+use super::reader::{Reader, ended};
 use super::runner::{self, Member, Residence, guarded};
 use super::scheduler::{self, Id};
 use super::sequence::Sequence;
-use super::{Event, Failure, IDLE, Job, Method, Reply, Request, State, StepError};
+use super::{Event, Failure, IDLE, Job, Method, Request, State, StepError};
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decode::autoregressive::scoring::Scoring;
 use crate::decode::autoregressive::{Autoregressive, DrafterKind};
@@ -27,70 +26,6 @@ use crate::telemetry::meter::{Kind, Meter};
 
 /// Weight of the newest stay in the smoothed one.
 const SMOOTHING: f64 = 0.1;
-
-/// Whoever a request's events go to.
-struct Reader {
-    id: Id,
-    /// For the log.
-    name: String,
-    reply: Reply,
-    outbox: Outbox,
-    /// Handed out in this round, with the places in the channel that it takes.
-    given: Vec<Given>,
-    steps: bool,
-    deadline: Option<Instant>,
-    /// Kept for being cut off, of which nobody can be told whose channel is full.
-    last: Option<OwnedPermit<Result<Event, Failure>>>,
-}
-
-impl Reader {
-    fn take(&mut self, events: Vec<Event>) {
-        let steps = self.steps;
-        for event in events.into_iter().filter(|event| steps || !matches!(event, Event::Step(_))) {
-            self.outbox.push(event);
-            self.give();
-        }
-    }
-
-    /// Hands out what there is room for.
-    fn give(&mut self) {
-        // Without a place there is no room, or no reader; the next round sees which.
-        while !self.outbox.is_empty()
-            && let Ok(place) = self.reply.clone().try_reserve_owned()
-            && let Some(event) = self.outbox.pop()
-        {
-            self.given.push(Given { place, event });
-        }
-    }
-
-    fn fail(&mut self, failure: Failure) {
-        self.outbox.fail(failure);
-        self.give();
-    }
-
-    /// Ends without what waits, so that a reader that never looks costs nothing any more.
-    fn cut_off(self) {
-        if let Some(place) = self.last {
-            place.send(Err(Failure::Unread));
-        }
-    }
-
-    /// Why the request must end before it is complete, if it must.
-    fn ended(&self, state: &State) -> Option<Failure> {
-        ended(state, &self.reply, self.deadline)
-    }
-}
-
-fn ended(state: &State, reply: &Reply, deadline: Option<Instant>) -> Option<Failure> {
-    // Whoever reads knows the deadline too, and lets go when it has passed: that is no leaving.
-    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-        Some(Failure::DeadlineExceeded)
-    } else if reply.is_closed() {
-        Some(Failure::Cancelled)
-    } else {
-        state.stopping.load(Ordering::Acquire).then_some(Failure::Stopping)
-    }
-}
 
 struct Resident {
     reader: Reader,
@@ -284,11 +219,8 @@ impl Worker {
     fn take(&mut self, job: Job) {
         let Job { id, request, reply, submitted } = job;
         let Request { id: name, canvas, method, stops, steps, deadline, fresh, trace, .. } = request;
-        let last = reply.clone().try_reserve_owned().ok();
-        let reader = Reader { id, name, reply, outbox: Outbox::default(), given: vec![], steps, deadline, last };
-        let book = self.state.book();
-        let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
-        drop(book);
+        let reader = Reader::new(id, name, reply, steps, deadline);
+        let room = self.state.book().scheduler.room();
         self.prefixes.shrink(room);
         let kind = Kind::of(&method);
         // Where rows depend on those they are run with, others' chunks of a beginning would show in what follows it.
@@ -426,9 +358,7 @@ impl Worker {
         let prompt = !resident.stored && cache.len() + 1 >= resident.sequence.decoder().canvas().prompt_len();
         if prompt || resident.sequence.finish_reason().is_some() {
             resident.stored = true;
-            let book = self.state.book();
-            let room = book.scheduler.bounds().tokens.saturating_sub(book.scheduler.tokens());
-            drop(book);
+            let room = self.state.book().scheduler.room();
             if let Err(reason) = self.prefixes.store(resident.sequence.known(), cache, room) {
                 // Nothing but time is lost.
                 debug!(request = resident.reader.name, %reason, "its keys could not be kept for others");

@@ -9,24 +9,31 @@ use crate::model::{Layout, RandomWeights, Segment};
 use crate::tensor::{Dtype, Placement, seeded};
 
 /// Does the work again and puts what comes of it where it was put at first, as a graph does.
+#[derive(Default)]
 struct Again {
     fails_at: Option<usize>,
+    panics_at: Option<usize>,
     recorded: Rc<Cell<usize>>,
+    /// Whether it was entered and not left.
+    inside: Rc<Cell<bool>>,
 }
 
 struct Kept(Made);
 
 impl Recorder for Again {
     fn enter(&self) -> Result<(), String> {
+        assert!(!self.inside.replace(true), "entered twice");
         Ok(())
     }
 
     fn leave(&self) -> Result<(), String> {
+        assert!(self.inside.replace(false), "left what was not entered");
         Ok(())
     }
 
     fn record(&self, work: &dyn Fn() -> Result<Made, ModelError>) -> Result<(Box<dyn Recording>, Made), String> {
         self.recorded.set(self.recorded.get() + 1);
+        assert_ne!(self.panics_at, Some(self.recorded.get()), "as the test wants it");
         if self.fails_at == Some(self.recorded.get()) {
             return Err("the tape is full".into());
         }
@@ -95,7 +102,7 @@ fn pieces_by_buckets_are_the_whole() {
         for lengths in [&[1][..], &[3, 9, 1], &[20, 13]] {
             let plain = run(&network, lengths);
             let recorded = Rc::new(Cell::new(0));
-            network.graphs = Some(Graphs::new(Box::new(Again { fails_at: None, recorded: recorded.clone() })));
+            network.graphs = Some(Graphs::new(Box::new(Again { recorded: recorded.clone(), ..Again::default() })));
             let replayed = run(&network, lengths);
             network.graphs = None;
             let rows = [lengths.iter().sum(), lengths.iter().sum::<usize>() + lengths.len()];
@@ -117,10 +124,20 @@ fn what_cannot_be_recorded_goes_without() {
     let plain = run(&network, &[5]);
     // The second piece of the first bucket; the second turn, of one row more, has the same bucket and does not try again.
     let recorded = Rc::new(Cell::new(0));
-    network.graphs = Some(Graphs::new(Box::new(Again { fails_at: Some(2), recorded: recorded.clone() })));
+    network.graphs = Some(Graphs::new(Box::new(Again { fails_at: Some(2), recorded: recorded.clone(), ..Again::default() })));
     let without = run(&network, &[5]);
     assert_eq!(recorded.get(), 2);
     assert!(plain.iter().zip(&without).all(|(plain, without)| plain.equal(without)));
+}
+
+#[test]
+fn a_panic_in_a_recording_leaves_the_recorder() {
+    let mut network = network(&config("models/nano-ar"), Placement::CPU_F32);
+    let inside = Rc::new(Cell::new(false));
+    network.graphs = Some(Graphs::new(Box::new(Again { panics_at: Some(2), inside: inside.clone(), ..Again::default() })));
+    let ran = catch_unwind(AssertUnwindSafe(|| run(&network, &[5])));
+    assert!(ran.is_err() && !inside.get());
+    assert_eq!(run(&network, &[5]).len(), 2, "the next forward records anew");
 }
 
 #[test]
