@@ -688,5 +688,10 @@ fn sequences_share_forwards_and_beginnings_and_nothing_else() {
 
 #[test]
 fn all_of_this_holds_on_libtorch_alone() {
-    again_without_kernels("all_of_this_holds_on_libtorch_alone");
+    again_without_kernels("all_of_this_holds");
+}
+
+#[test]
+fn all_of_this_holds_by_the_kernels_of_gpus() {
+    again_with_fused_kernels("all_of_this_holds", &[]);
 }

@@ -282,5 +282,10 @@ fn spans_are_blocks_over_a_cache() {
 
 #[test]
 fn all_of_this_holds_on_libtorch_alone() {
-    again_without_kernels("all_of_this_holds_on_libtorch_alone");
+    again_without_kernels("all_of_this_holds");
+}
+
+#[test]
+fn all_of_this_holds_by_the_kernels_of_gpus() {
+    again_with_fused_kernels("all_of_this_holds", &[]);
 }

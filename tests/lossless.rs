@@ -430,5 +430,11 @@ fn chunks_of_the_prompt_and_drafts_go_together() {
 
 #[test]
 fn all_of_this_holds_on_libtorch_alone() {
-    again_without_kernels("all_of_this_holds_on_libtorch_alone");
+    again_without_kernels("all_of_this_holds");
+}
+
+#[test]
+fn the_quick_ones_hold_by_the_kernels_of_gpus() {
+    let quick = ["deterministic", "penalties", "a_rows_statistics", "a_wrong_first", "right_drafts", "a_text_that", "no_draft"];
+    again_with_fused_kernels("hold", &quick);
 }

@@ -1,8 +1,11 @@
 //! The same numbers as the originals: tiny random models whose hidden states, logits and decodings were recorded from the
 //! authors' code and from `transformers` (see tests/reference).
 
+mod common;
+
 use std::path::{Path, PathBuf};
 
+use common::again_with_fused_kernels;
 use lacuna::checkpoint::config::ModelConfig;
 use lacuna::checkpoint::weights::{WeightFiles, WeightSource};
 use lacuna::decode::canvas::{Canvas, Piece};
@@ -340,4 +343,9 @@ fn decoding_is_that_of_the_originals_token_for_token() {
         }
     }
     assert!(compared >= 60, "only {compared} cases were compared");
+}
+
+#[test]
+fn all_of_this_holds_by_the_kernels_of_gpus() {
+    again_with_fused_kernels("all_of_this_holds", &[]);
 }

@@ -152,7 +152,7 @@ pub fn run_parts(model: &Transformer, asks: &[Ask], settle: impl Fn()) -> Result
         settle();
         let forward = started.elapsed();
         let mine = |time: Duration, part: usize, all: usize| time.mul_f64(part as f64 / all.max(1) as f64);
-        let (mut ledger, mut judging) = (Ledger::default(), Duration::ZERO);
+        let (mut ledger, mut judging) = (Ledger::new(model.fused()), Duration::ZERO);
         let mut heads = Vec::with_capacity(asks.len());
         for group in groups(&places, model.config().vocab_size) {
             let (from, count) = (places[group.start].0, rows_of(asks, &places, group.clone()));

@@ -1,14 +1,19 @@
 //! Attention by libtorch, where our own kernel does not run: on a GPU, mostly.
 //!
 //! A GPU is told of each operation by itself, and in a small step the telling is what takes time. So whatever can be is done once
-//! for the rows of all segments (norms, rotation), whole sequences of one length attend together, and what remains of each other
-//! segment is one copy into its cache and one attention. No mask is made where rows see all that is visible, or each one more than
-//! the row before it; what masks remain are made on the device, once for all layers.
+//! for the rows of all segments: norms, rotation and the writing of keys to all caches by one kernel where the device has it; and sequences
+//! that need no mask attend in one operation, whole ones of one length ([`Work::One`]) or any with a kernel for many lengths
+//! ([`Work::Ragged`]). What remains of each other segment is one attention. No mask is made where rows see all that is visible, or each one more
+//! than the row before it; what masks remain are made on the device, once for all layers.
+
+use std::ops::Range;
 
 use super::cache::KvCache;
-use super::forward::Sight;
+use super::forward::{Plan, Sight};
 use super::{Layer, ModelError, Transformer};
-use crate::tensor::{Kind, Tensor, flash};
+use crate::tensor::flash::{self, Ragged};
+use crate::tensor::fused::Turn;
+use crate::tensor::{Kind, Tensor};
 
 /// Who sees what, among one segment's rows.
 pub(super) enum View {
@@ -20,7 +25,13 @@ pub(super) enum View {
     Masked(Tensor),
 }
 
-/// The rows of some segments, which attend in one operation.
+/// Rows that attend in one operation.
+pub(super) enum Work<'a> {
+    One(Share<'a>),
+    Ragged(Group<'a>),
+}
+
+/// The rows of one segment, or of several whole sequences of one length.
 pub(super) struct Share<'a> {
     /// First row, and rows of each sequence.
     pub first: usize,
@@ -31,6 +42,67 @@ pub(super) struct Share<'a> {
     pub cache: Option<(&'a KvCache, usize)>,
     pub visible: usize,
     pub view: View,
+}
+
+/// The rows of several segments that lie side by side: all with a cache, or all without.
+pub(super) struct Group<'a> {
+    pub plans: &'a [Plan<'a>],
+    pub causal: bool,
+    /// On the device, in i32: where each segment's rows begin among the group's, and the last one's end; how many positions each sees; and for
+    /// each layer where its positions begin, in rows of all caches from the first one's address on, or among the group's rows.
+    pub rows: Tensor,
+    pub visible: Tensor,
+    pub positions: Tensor,
+    /// Of the first cache in memory, and how many rows of caches there are from there on; 0 without caches.
+    pub address: usize,
+    pub span: usize,
+}
+
+/// What turns queries and keys, and brings keys and values to their places.
+pub(super) enum Turning {
+    /// Cosines and sines of each row; keys are written sequence by sequence.
+    Angles((Tensor, Tensor)),
+    /// One kernel does it all: positions, and [`Turn::places`].
+    Fused { positions: Tensor, places: Tensor },
+}
+
+/// What a [`Group`] is made of: its numbers (`rows`, `visible` and `positions`, one behind the other) are some of those that go to the device.
+pub(super) struct Outline {
+    pub address: usize,
+    pub span: usize,
+    pub numbers: Range<usize>,
+}
+
+impl Outline {
+    /// Puts the numbers behind the others; `None`, and none of them, where caches are no whole rows apart, or too far.
+    pub fn of(plans: &[Plan], layers: usize, row_bytes: usize, numbers: &mut Vec<i64>) -> Option<Self> {
+        let begun = numbers.len();
+        let mut all = vec![];
+        let (first, last) = (plans.first()?.rows.start, plans.last()?.rows.end);
+        let ends: Vec<i64> = plans.iter().map(|plan| plan.rows.start).chain([last]).map(|row| (row - first) as i64).collect();
+        all.extend(&ends);
+        all.extend(plans.iter().map(|plan| plan.visible as i64));
+        let (mut address, mut span) = (0, 0);
+        match plans.iter().map(|plan| plan.cache).collect::<Option<Vec<_>>>() {
+            None => all.extend(&ends),
+            Some(caches) => {
+                address = caches.iter().map(|cache| cache.address()).min().filter(|address| *address > 0)?;
+                let apart = |cache: &&KvCache| {
+                    let bytes = cache.address() - address;
+                    bytes.is_multiple_of(row_bytes).then_some(bytes / row_bytes)
+                };
+                let begins = caches.iter().map(apart).collect::<Option<Vec<usize>>>()?;
+                span = begins.iter().zip(&caches).map(|(begin, cache)| begin + layers * cache.capacity()).max()?;
+                i32::try_from(span).ok()?;
+                for layer in 0..layers {
+                    all.extend(begins.iter().zip(&caches).map(|(begin, cache)| (begin + layer * cache.capacity()) as i64));
+                    all.push(span as i64);
+                }
+            }
+        }
+        numbers.extend(&all);
+        Some(Self { address, span, numbers: begun..numbers.len() })
+    }
 }
 
 impl Share<'_> {
@@ -92,14 +164,53 @@ impl Transformer {
         index: usize,
         layer: &Layer,
         qkv: &Tensor,
-        angles: &(Tensor, Tensor),
-        shares: &[Share],
+        turning: &Turning,
+        works: &[Work],
     ) -> Result<Tensor, ModelError> {
         let c = &self.config;
-        let (heads, kv_heads, dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
         // A trainer keeps norms and stream in f32 where its projections are narrower; otherwise the conversions are free.
         let kind = self.placement.dtype.kind();
-        let qkv = qkv.f_to_kind(kind)?.f_view([-1, heads + 2 * kv_heads, dim])?;
+        let qkv = qkv.f_to_kind(kind)?.f_view([-1, (c.heads + 2 * c.kv_heads) as i64, c.head_dim as i64])?;
+        let (qkv, written) = self.turn(index, layer, qkv, turning)?;
+        let mix = |work: &Work| match work {
+            Work::One(share) => self.attend_share(index, &qkv, share, written),
+            Work::Ragged(group) => self.attend_group(index, &qkv, group, written),
+        };
+        let mixed: Vec<Tensor> = works.iter().map(mix).collect::<Result<_, _>>()?;
+        match mixed.as_slice() {
+            [one] => Ok(one.shallow_clone()),
+            several => Ok(Tensor::f_cat(several, 0)?),
+        }
+    }
+
+    /// Norms and rotates queries and keys of `qkv: [rows, heads + 2 · kv_heads, dim]`; and whether keys and values are in their caches by that.
+    fn turn(&self, index: usize, layer: &Layer, qkv: Tensor, turning: &Turning) -> Result<(Tensor, bool), ModelError> {
+        let c = &self.config;
+        let (heads, kv_heads) = (c.heads as i64, c.kv_heads as i64);
+        let angles = match (turning, self.fused) {
+            (Turning::Fused { positions, places }, Some(fused)) => {
+                let norms = layer.qk_norm.as_ref().map(|(query, key)| (&**query, &**key));
+                let tables = self.rotary.tables();
+                let turn = Turn {
+                    heads: c.heads,
+                    kv_heads: c.kv_heads,
+                    layer: index,
+                    eps: c.norm_eps,
+                    norms,
+                    tables: (tables.0, tables.1),
+                    positions,
+                    places,
+                };
+                // SAFETY: `plan` has seen to it that slots are within their caches, which are this model's, and positions within the context.
+                return match unsafe { fused.turned(&qkv, &turn)? } {
+                    true => Ok((qkv, true)),
+                    false => Err(ModelError::Torch("a forward was given tensors that its kernels do not take".into())),
+                };
+            }
+            (Turning::Fused { .. }, None) => return Err(ModelError::Torch("a forward's kernels are gone".into())),
+            (Turning::Angles(angles), _) => angles,
+        };
+        let kind = qkv.f_kind()?;
         let qkv = match &layer.qk_norm {
             None => qkv,
             Some((query, key)) => {
@@ -109,14 +220,50 @@ impl Transformer {
             }
         };
         turn(&qkv.f_narrow(1, 0, heads + kv_heads)?, angles)?;
-        let mixed: Vec<Tensor> = shares.iter().map(|share| self.attend_share(index, &qkv, share)).collect::<Result<_, _>>()?;
-        match mixed.as_slice() {
-            [one] => Ok(one.shallow_clone()),
-            several => Ok(Tensor::f_cat(several, 0)?),
+        Ok((qkv, false))
+    }
+
+    fn attend_group(&self, index: usize, qkv: &Tensor, group: &Group, written: bool) -> Result<Tensor, ModelError> {
+        let c = &self.config;
+        let (heads, kv_heads, dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
+        let first = group.plans.first().map_or(0, |plan| plan.rows.start) as i64;
+        let count = group.plans.iter().map(|plan| plan.rows.len() as i64).sum::<i64>();
+        let part = |first_head: i64, heads: i64| qkv.f_narrow(0, first, count)?.f_narrow(1, first_head, heads);
+        let (key, value, layer) = if group.address == 0 {
+            (part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?, 0)
+        } else {
+            for (plan, cache) in group.plans.iter().filter_map(|plan| Some((plan, plan.cache?))).filter(|_| !written) {
+                let new = qkv.f_narrow(0, plan.rows.start as i64, plan.rows.len() as i64)?.f_narrow(1, heads, 2 * kv_heads)?;
+                let _seen = cache.write(index, plan.start, &new.f_view_([-1, 2, kv_heads, dim])?, plan.visible)?;
+            }
+            let kind = qkv.f_kind()?;
+            let of = |skipped: i64| {
+                let begins = (group.address + skipped as usize * kind.elt_size_in_bytes()) as *const u8;
+                let (size, strides) = ([group.span as i64, kv_heads, dim], [2 * kv_heads * dim, dim, 1]);
+                // SAFETY: nobody reads of it but the rows of the group's caches, which outlive it: they lie at whole rows from the first one.
+                unsafe { Tensor::f_from_blob(begins, &size, &strides, kind, qkv.device()) }
+            };
+            (of(0)?, of(kv_heads * dim)?, index as i64)
+        };
+        let (query, positions) = (part(0, heads)?, group.positions.f_get(layer)?);
+        let most = |of: fn(&Plan) -> usize| group.plans.iter().map(of).max().unwrap_or(0);
+        let asked = Ragged {
+            query: &query,
+            key: &key,
+            value: &value,
+            rows: &group.rows,
+            positions: &positions,
+            visible: &group.visible,
+            longest: (most(|plan| plan.rows.len()), most(|plan| plan.visible)),
+            causal: group.causal,
+        };
+        match self.ragged.and_then(|attend| attend(&asked)) {
+            Some(mixed) => Ok(mixed.f_reshape([count, heads * dim])?),
+            None => Err(ModelError::Torch("the flash kernel refused what it was asked".into())),
         }
     }
 
-    fn attend_share(&self, index: usize, qkv: &Tensor, share: &Share) -> Result<Tensor, ModelError> {
+    fn attend_share(&self, index: usize, qkv: &Tensor, share: &Share, written: bool) -> Result<Tensor, ModelError> {
         let c = &self.config;
         let (heads, kv_heads, dim) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
         let (sequences, length) = (share.sequences as i64, share.length as i64);
@@ -125,6 +272,7 @@ impl Transformer {
         let part = |first: i64, count: i64| qkv.f_narrow(2, first, count)?.f_transpose(1, 2);
         let query = part(0, heads)?;
         let (key, value) = match share.cache {
+            Some((cache, _)) if written => cache.seen(index, share.visible)?,
             Some((cache, start)) => {
                 let new = qkv.f_narrow(2, heads, 2 * kv_heads)?.f_view_([length, 2, kv_heads, dim])?;
                 cache.write(index, start, &new, share.visible)?
@@ -208,18 +356,19 @@ mod tests {
         ];
         for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 0.06)] {
             let placement = Placement { device: Device::Cpu, dtype };
-            let model = Transformer::new(&config, placement, 64, &mut RandomWeights { placement }).unwrap();
+            let mut model = Transformer::new(&config, placement, 64, &mut RandomWeights { placement }).unwrap();
             assert!(model.rows_are_independent());
-            let run = |way: Way| {
+            let run = |way: Way, model: &Transformer| {
                 let begun = |(kept, rows, layout): &(usize, usize, Layout)| {
-                    let mut cache = KvCache::new(&config, placement, 24).unwrap();
+                    let own = way != Way::Libtorch;
+                    let mut cache = KvCache::of(&config, placement, 24, own).unwrap();
                     // What is masked must be a number.
                     cache.append(&Tensor::zeros([2, 2, 2, 24, 16], (dtype.kind(), Device::Cpu)), 24).unwrap();
                     cache.truncate(0);
                     let before: Vec<u32> = (0..*kept as u32).map(|at| (at * 7 + *rows as u32) % 100).collect();
                     if *kept > 0 {
                         let segment = Segment { tokens: &before, layout: Layout::Causal, cache: Some(&cache) };
-                        let _written = model.forward_by(&[segment], Way::AtOnce).unwrap();
+                        let _written = model.forward_by(&[segment], if own { Way::AtOnce } else { way }).unwrap();
                         cache.keep(&(0..*kept).collect::<Vec<_>>()).unwrap();
                     }
                     let tokens: Vec<u32> = (0..*rows as u32).map(|at| (at * 13 + 5 * *kept as u32) % 100).collect();
@@ -240,18 +389,26 @@ mod tests {
                     (hidden.to_kind(Kind::Float), Tensor::cat(&caches.collect::<Vec<_>>(), 0))
                 })
             };
-            let ((ours, our_keys), (theirs, their_keys)) = (run(Way::AtOnce), run(Way::Libtorch));
-            let (single, single_keys) = run(Way::Kernels);
+            let (ours, our_keys) = run(Way::AtOnce, &model);
+            let (single, single_keys) = run(Way::Kernels, &model);
             assert!(ours.equal(&single) && our_keys.equal(&single_keys), "{dtype:?}: one launch gives other numbers than many");
-            let mut first = 0;
-            for (case, (_, rows, layout)) in cases.iter().enumerate() {
-                let part = |hidden: &Tensor| hidden.narrow(0, first, *rows as i64);
-                let error = (part(&ours) - part(&theirs)).abs().max().double_value(&[]);
-                assert!(error < tolerance, "{dtype:?}, case {case}, {layout:?}: off by {error}");
-                first += *rows as i64;
+            // As it is, and with what a GPU has: the many at once, fused kernels, both.
+            for (ragged, fused) in [(false, false), (true, false), (false, true), (true, true)] {
+                model.ragged = ragged.then_some(flash::one_by_one);
+                model.fused = fused.then(crate::tensor::fused::tests::emulated);
+                let (theirs, their_keys) = run(Way::Libtorch, &model);
+                let with = format!("{dtype:?}, ragged {ragged}, fused {fused}");
+                let mut first = 0;
+                for (case, (_, rows, layout)) in cases.iter().enumerate() {
+                    let part = |hidden: &Tensor| hidden.narrow(0, first, *rows as i64);
+                    let error = (part(&ours) - part(&theirs)).abs().max().double_value(&[]);
+                    assert!(error < tolerance, "{with}, case {case}, {layout:?}: off by {error}");
+                    first += *rows as i64;
+                }
+                let error = (&our_keys - their_keys).abs().max().double_value(&[]);
+                assert!(error < tolerance, "{with}: keys and values are off by {error}");
             }
-            let error = (our_keys - their_keys).abs().max().double_value(&[]);
-            assert!(error < tolerance, "{dtype:?}: keys and values are off by {error}");
+            (model.ragged, model.fused) = (None, None);
         }
     }
 
@@ -275,5 +432,39 @@ mod tests {
         assert!(share_of.absorbs(&share(4, 4, View::Full)) && share_of.absorbs(&share(8, 4, View::Full)));
         assert_eq!(share_of.sequences, 3);
         assert!(!share_of.absorbs(&share(12, 5, View::Full)) && !share_of.absorbs(&share(12, 4, View::Causal)));
+    }
+
+    /// What attends together: sequences that agree in a diagonal and in having a cache, where they stand side by side.
+    #[test]
+    fn sequences_of_many_lengths_are_one_attention_if_they_need_no_mask() {
+        let (config, placement) = (config(), Placement::CPU_F32);
+        let mut model = Transformer::new(&config, placement, 64, &mut RandomWeights { placement }).unwrap();
+        model.ragged = Some(flash::one_by_one);
+        let caches: Vec<KvCache> = [9, 17, 24, 12].map(|room| KvCache::of(&config, placement, room, false).unwrap()).into();
+        let tokens = [7u32; 8];
+        let whole = |length| (length, Layout::Whole(Attention::Full), None);
+        let next = |length, cache: usize| (length, Layout::Causal, Some(&caches[cache]));
+        let span = |sees: &'static [usize], cache: usize| (sees.len(), Layout::Span { start: 0, sees }, Some(&caches[cache]));
+        let tree = (3, Layout::Tree(&[0, 0, 0]), Some(&caches[0]));
+        let found = |asked: &[(usize, Layout, Option<&KvCache>)]| {
+            let (mut positions, mut rows, mut plans) = (vec![], 0, vec![]);
+            for (length, layout, cache) in asked {
+                let segment = Segment { tokens: &tokens[..*length], layout: *layout, cache: *cache };
+                plans.push(model.plan(&segment, rows, false, &mut positions).unwrap());
+                rows += length;
+            }
+            let (_, _, works) = model.ready(vec![7; rows], &positions, &plans).unwrap();
+            let told = works.iter().map(|work| match work {
+                Work::One(share) => share.sequences.to_string(),
+                Work::Ragged(group) => format!("{} {}", group.plans.len(), if group.causal { "causal" } else { "full" }),
+            });
+            told.collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!(found(&[whole(3), whole(3), whole(3)]), "3", "of one length");
+        assert_eq!(found(&[whole(3), whole(5), whole(3)]), "3 full");
+        assert_eq!(found(&[next(1, 0), next(1, 1), next(4, 2)]), "3 causal", "a single row sees the same either way");
+        assert_eq!(found(&[span(&[4; 4], 0), span(&[6; 6], 1), next(3, 2), next(2, 3)]), "2 full, 2 causal");
+        assert_eq!(found(&[whole(3), next(2, 0), next(2, 1), tree, next(1, 2)]), "1, 2 causal, 1, 1", "masks go alone");
+        assert_eq!(found(&[next(2, 3)]), "1", "one alone is split over the device otherwise");
     }
 }

@@ -7,9 +7,13 @@
 use super::ModelError;
 use crate::checkpoint::config::ModelConfig;
 use crate::tensor::kernels::attention::{self, Slots};
-use crate::tensor::{Kind, Placement, Tensor};
+use crate::tensor::{Device, Kind, Placement, Tensor, upload};
 
 /// Keys (rotated) and values of every layer.
+///
+/// For our own kernel on the CPU they lie in that order, a head's positions side by side. For libtorch, and on a GPU, a position's keys and values of a
+/// layer are one row in memory, and rows begin at multiples of their size: so rows of any two caches of a model are so many whole
+/// rows apart, and one kernel can attend over all of them ([`crate::tensor::flash::ragged`]).
 pub struct KvCache {
     /// `[layers, 2, kv_heads, capacity, head_dim]`: one tensor, so that a path is kept in one selection for all layers.
     data: Tensor,
@@ -23,11 +27,16 @@ pub struct KvCache {
 impl KvCache {
     /// Room for `capacity` positions.
     pub fn new(config: &ModelConfig, placement: Placement, capacity: usize) -> Result<Self, ModelError> {
+        let own = attention::fits(placement.dtype.kind(), placement.device, config.head_dim);
+        Self::of(config, placement, capacity, own)
+    }
+
+    /// For our `own` kernel, or for libtorch.
+    pub(super) fn of(config: &ModelConfig, placement: Placement, capacity: usize, own: bool) -> Result<Self, ModelError> {
         let shape = [config.layers, 2, config.kv_heads, capacity, config.head_dim].map(|n| n as i64);
         let options = (placement.dtype.kind(), placement.device);
         // libtorch's attention also multiplies what a mask hides, which therefore has to be a number; our kernel never looks there.
-        let own = attention::fits(options.0, options.1, config.head_dim);
-        let data = if own { Tensor::f_empty(shape, options)? } else { Tensor::f_zeros(shape, options)? };
+        let data = if own { Tensor::f_empty(shape, options)? } else { by_rows(shape, options)? };
         let slots = if own { Slots::of_layers(&data) } else { vec![] };
         let views = if slots.is_empty() { config.layers as i64 } else { 0 };
         let layers = (0..views).map(|layer| data.f_get(layer)).collect::<Result<_, _>>()?;
@@ -58,6 +67,11 @@ impl KvCache {
         self.slots.get(layer)
     }
 
+    /// Where the rows of keys and values begin that are in memory one behind the other, layer by layer; 0 where they are not.
+    pub(super) fn address(&self) -> usize {
+        if self.slots.is_empty() { self.data.data_ptr() as usize } else { 0 }
+    }
+
     /// Writes keys and values of `layer` (`[seq, 2, kv_heads, head_dim]`) from position `start` on, and gives the first `visible`
     /// positions of both, `[1, kv_heads, visible, head_dim]`. What is kept grows with [`KvCache::keep`] only.
     pub(super) fn write(
@@ -67,13 +81,22 @@ impl KvCache {
         new: &Tensor,
         visible: usize,
     ) -> Result<(Tensor, Tensor), ModelError> {
-        let layer = match self.layers.get(layer) {
-            Some(view) => view.shallow_clone(),
-            None => self.data.f_get(layer as i64)?,
-        };
-        layer.f_narrow(2, start as i64, new.size()[0])?.f_copy_(&new.f_permute([1, 2, 0, 3])?)?;
+        self.layer(layer)?.f_narrow(2, start as i64, new.size()[0])?.f_copy_(&new.f_permute([1, 2, 0, 3])?)?;
+        self.seen(layer, visible)
+    }
+
+    /// What [`KvCache::write`] gives, where somebody else has written.
+    pub(super) fn seen(&self, layer: usize, visible: usize) -> Result<(Tensor, Tensor), ModelError> {
+        let layer = self.layer(layer)?;
         let seen = |which: i64| layer.f_narrow(0, which, 1)?.f_narrow(2, 0, visible as i64);
         Ok((seen(0)?, seen(1)?))
+    }
+
+    fn layer(&self, layer: usize) -> Result<Tensor, ModelError> {
+        Ok(match self.layers.get(layer) {
+            Some(view) => view.shallow_clone(),
+            None => self.data.f_get(layer as i64)?,
+        })
     }
 
     /// Of the tokens that the last forward wrote, keeps those with these indices, in this order; the others are forgotten.
@@ -82,7 +105,7 @@ impl KvCache {
         let in_place = path.iter().enumerate().all(|(at, index)| at == *index);
         if let (false, Some(last)) = (in_place, path.iter().max()) {
             let index: Vec<i64> = path.iter().map(|index| *index as i64).collect();
-            let index = Tensor::f_from_slice(&index)?.f_to_device(self.data.device())?;
+            let index = upload(&index, self.data.device())?;
             let kept = self.data.f_narrow(3, start, *last as i64 + 1)?.f_index_select(3, &index)?;
             self.data.f_narrow(3, start, path.len() as i64)?.f_copy_(&kept)?;
         }
@@ -127,5 +150,43 @@ impl KvCache {
     /// Keys and values kept, `[layers, 2, kv_heads, len, head_dim]` in f32, for comparisons.
     pub fn kept(&self) -> Result<Tensor, ModelError> {
         Ok(self.data.f_narrow(3, 0, self.length as i64)?.f_to_kind(Kind::Float)?)
+    }
+}
+
+/// Zeros of `[layers, 2, kv_heads, capacity, head_dim]` that lie as `[layers, capacity, 2, kv_heads, head_dim]`, from a multiple of such a row's size on.
+fn by_rows([layers, two, kv_heads, capacity, dim]: [i64; 5], options: (Kind, Device)) -> Result<Tensor, ModelError> {
+    let row = two * kv_heads * dim;
+    let (numbers, size) = (layers * capacity * row, options.0.elt_size_in_bytes());
+    let memory = Tensor::f_zeros([numbers + row], options)?;
+    let row_bytes = row as usize * size;
+    let beyond = memory.data_ptr() as usize % row_bytes;
+    // A whole number of elements: both the memory and rows begin at one.
+    let skipped = if beyond == 0 { 0 } else { (row_bytes - beyond) / size };
+    let rows = memory.f_narrow(0, skipped as i64, numbers)?.f_view([layers, capacity, two, kv_heads, dim])?;
+    Ok(rows.f_permute([0, 2, 3, 1, 4])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_any_two_caches_are_whole_rows_apart() {
+        for (kv_heads, dim, kind) in
+            [(2, 16, Kind::Float), (3, 64, Kind::BFloat16), (8, 128, Kind::BFloat16), (5, 24, Kind::Float)]
+        {
+            let row_bytes = 2 * kv_heads as usize * dim as usize * kind.elt_size_in_bytes();
+            let caches: Vec<Tensor> =
+                [7, 20, 1].map(|capacity| by_rows([3, 2, kv_heads, capacity, dim], (kind, Device::Cpu)).unwrap()).into();
+            for (cache, capacity) in caches.iter().zip([7usize, 20, 1]) {
+                let address = |of: &Tensor| of.data_ptr() as usize;
+                assert_eq!(address(cache) % row_bytes, 0);
+                // Layer 2, the last position, values of head 1.
+                let there = cache.get(2).get(1).get(1).get(capacity as i64 - 1);
+                let row = 2 * capacity + capacity - 1;
+                let value = (kv_heads + 1) as usize * dim as usize * kind.elt_size_in_bytes();
+                assert_eq!(address(&there), address(cache) + row * row_bytes + value);
+            }
+        }
     }
 }

@@ -6,12 +6,12 @@
 
 use std::ops::Range;
 
-use super::attend::{Share, View, view};
+use super::attend::{Group, Outline, Share, Turning, View, Work, view};
 use super::cache::KvCache;
 use super::family::Attention;
 use super::{Layer, ModelError, Transformer};
 use crate::tensor::kernels::attention::{self as kernel, Seen};
-use crate::tensor::{Tensor, upload};
+use crate::tensor::{Kind, Tensor, upload};
 
 /// How the tokens of a [`Segment`] stand to one another and to what its cache holds.
 #[derive(Clone, Copy, Debug)]
@@ -51,15 +51,23 @@ pub(super) enum Way {
 
 /// A segment made ready: its rows, and who sees what.
 pub(super) struct Plan<'a> {
-    cache: Option<&'a KvCache>,
-    rows: Range<usize>,
+    pub cache: Option<&'a KvCache>,
+    pub rows: Range<usize>,
     /// Slot of the first row's key, and of the first that no row looks at.
-    start: usize,
-    visible: usize,
+    pub start: usize,
+    pub visible: usize,
     seen: Sight<'a>,
     /// Shapes are to be the same whatever is asked.
     canonical: bool,
     scratch: Option<kernel::Slots>,
+}
+
+impl Plan<'_> {
+    /// Where a row's key and value go: address and capacity of the cache, and a slot in it.
+    fn place(&self, row: usize) -> [i64; 3] {
+        let slot = self.start + row - self.rows.start;
+        self.cache.map_or([0; 3], |cache| [cache.address() as i64, cache.capacity() as i64, slot as i64])
+    }
 }
 
 pub(super) enum Sight<'a> {
@@ -68,8 +76,8 @@ pub(super) enum Sight<'a> {
     Ancestors(&'a [usize]),
 }
 
-/// Tokens, the angles of their positions, and which rows attend together.
-type Ready<'a> = (Tensor, (Tensor, Tensor), Vec<Share<'a>>);
+/// Tokens, what turns their rows, and which of these attend together.
+type Ready<'a> = (Tensor, Turning, Vec<Work<'a>>);
 
 impl Transformer {
     /// Final hidden states (after the last norm) of all segments' tokens in order, `[rows, hidden]`. Their keys are written to their
@@ -112,8 +120,8 @@ impl Transformer {
             let tokens = Tensor::f_from_slice(&tokens)?;
             return self.through(&tokens, |index, layer, qkv| self.attend_few(index, layer, qkv, &positions, &plans));
         }
-        let (tokens, angles, shares) = self.ready(tokens, &positions, &plans)?;
-        self.through(&tokens, |index, layer, qkv| self.attend(index, layer, qkv, &angles, &shares))
+        let (tokens, turning, works) = self.ready(tokens, &positions, &plans)?;
+        self.through(&tokens, |index, layer, qkv| self.attend(index, layer, qkv, &turning, &works))
     }
 
     /// The layers over `tokens: [rows]`, replayed where they have been recorded.
@@ -126,21 +134,58 @@ impl Transformer {
         replayed.map_or_else(|| self.stack(tokens, mix), Ok)
     }
 
-    /// Brings tokens, positions and what rows see to the device in one copy: tokens, angles, and which rows attend together.
-    fn ready<'a>(&self, tokens: Vec<i64>, positions: &[usize], plans: &[Plan<'a>]) -> Result<Ready<'a>, ModelError> {
+    /// Brings tokens, positions and what rows see to the device in one copy: tokens, what turns the rows, and which of them attend together.
+    pub(super) fn ready<'a>(
+        &self,
+        tokens: Vec<i64>,
+        positions: &[usize],
+        plans: &'a [Plan<'a>],
+    ) -> Result<Ready<'a>, ModelError> {
         let rows = tokens.len() as i64;
         let mut numbers = tokens;
         numbers.extend(positions.iter().map(|position| *position as i64));
-        let views: Vec<(Option<View>, i64)> = plans.iter().map(|plan| self.view(plan, &mut numbers)).collect();
+        let fused = self.fused.is_some_and(|fused| fused.turns(self.placement.dtype.kind(), self.config.head_dim));
+        if fused {
+            numbers.extend(plans.iter().flat_map(|plan| plan.rows.clone().flat_map(|row| plan.place(row))));
+        }
+        let mut views: Vec<(Option<View>, i64)> = plans.iter().map(|plan| self.view(plan, &mut numbers)).collect();
+        let (mut groups, mut first) = (vec![], 0);
+        for alike in plans.chunk_by(|a, b| self.group(a) == self.group(b) && self.group(a).is_some()) {
+            groups.push((first..first + alike.len(), self.outline(alike, &mut numbers)));
+            first += alike.len();
+        }
         let numbers = upload(&numbers, self.placement.device)?;
+        let mut works = Vec::with_capacity(groups.len());
+        for (range, outline) in groups {
+            let plans = &plans[range.clone()];
+            match outline {
+                Some(outline) => works.push(Work::Ragged(self.ragged_group(plans, outline, &numbers)?)),
+                None => works.extend(self.shares_of(plans, views[range].iter_mut(), &numbers)?.into_iter().map(Work::One)),
+            }
+        }
+        let turning = if fused {
+            Turning::Fused { positions: numbers.f_narrow(0, rows, rows)?, places: numbers.f_narrow(0, 2 * rows, 3 * rows)? }
+        } else {
+            Turning::Angles(self.rotary.turning(&numbers.f_narrow(0, rows, rows)?, self.placement.dtype.kind())?)
+        };
+        Ok((numbers.f_narrow(0, 0, rows)?, turning, works))
+    }
+
+    /// One by one, but for whole sequences of one length.
+    fn shares_of<'a, 'b>(
+        &self,
+        plans: &'a [Plan<'a>],
+        views: impl Iterator<Item = &'b mut (Option<View>, i64)>,
+        numbers: &Tensor,
+    ) -> Result<Vec<Share<'a>>, ModelError> {
         let mut shares: Vec<Share> = vec![];
         for (plan, (view, at)) in plans.iter().zip(views) {
             let length = plan.rows.len() as i64;
-            let view = match (view, &plan.seen) {
+            let view = match (view.take(), &plan.seen) {
                 (Some(view), _) => view,
-                (None, Sight::First(_)) => View::Masked(self.mask_of_first(&numbers.f_narrow(0, at, length)?, plan.visible)?),
+                (None, Sight::First(_)) => View::Masked(self.mask_of_first(&numbers.f_narrow(0, *at, length)?, plan.visible)?),
                 (None, Sight::Ancestors(_)) => {
-                    let ancestors = numbers.f_narrow(0, at, length * length)?.f_view([length, length])?;
+                    let ancestors = numbers.f_narrow(0, *at, length * length)?.f_view([length, length])?;
                     View::Masked(self.mask_of_tree(&ancestors, plan.start)?)
                 }
             };
@@ -151,8 +196,40 @@ impl Transformer {
                 shares.push(share);
             }
         }
-        let angles = self.rotary.turning(&numbers.f_narrow(0, rows, rows)?, self.placement.dtype.kind())?;
-        Ok((numbers.f_narrow(0, 0, rows)?, angles, shares))
+        Ok(shares)
+    }
+
+    /// What segments must agree in to attend together: a diagonal, and a cache. `None` for those that need a mask.
+    fn group(&self, plan: &Plan) -> Option<(bool, bool)> {
+        let view = view(&plan.seen, plan.visible).filter(|_| !plan.canonical)?;
+        // A single row sees the same either way.
+        let causal = matches!(view, View::Causal) || plan.rows.len() == 1;
+        Some((causal, plan.cache.is_some()))
+    }
+
+    /// Of several such segments, if a kernel takes them; whole ones of one length are one attention anyway.
+    fn outline(&self, plans: &[Plan], numbers: &mut Vec<i64>) -> Option<Outline> {
+        self.ragged?;
+        let [first, _, ..] = plans else { return None };
+        self.group(first)?;
+        let equal = first.cache.is_none() && plans.iter().all(|plan| plan.rows.len() == first.rows.len());
+        let c = &self.config;
+        let row_bytes = 2 * c.kv_heads * c.head_dim * self.placement.dtype.size();
+        if equal { None } else { Outline::of(plans, c.layers, row_bytes, numbers) }
+    }
+
+    fn ragged_group<'a>(&self, plans: &'a [Plan<'a>], outline: Outline, numbers: &Tensor) -> Result<Group<'a>, ModelError> {
+        let (count, all) = (plans.len() as i64, outline.numbers.len() as i64);
+        let numbers = numbers.f_narrow(0, outline.numbers.start as i64, all)?.f_to_kind(Kind::Int)?;
+        Ok(Group {
+            plans,
+            causal: plans.first().and_then(|plan| self.group(plan)).is_some_and(|(causal, _)| causal),
+            rows: numbers.f_narrow(0, 0, count + 1)?,
+            visible: numbers.f_narrow(0, count + 1, count)?,
+            positions: numbers.f_narrow(0, 2 * count + 1, all - 2 * count - 1)?.f_view([-1, count + 1])?,
+            address: outline.address,
+            span: outline.span,
+        })
     }
 
     /// How a segment's rows see; if that takes a mask, `None` and where in `numbers` stands what it is made of.

@@ -25,13 +25,13 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
 use tracing::{info, warn};
 
 use super::{Layer, ModelError, Transformer};
+use crate::tensor::library::Library;
 use crate::tensor::{Device, Kind, Tensor};
 
 /// Rows that pieces are recorded for; more are so much work that telling the GPU of it does not matter.
@@ -117,7 +117,7 @@ impl Graphs {
         ids.f_narrow(0, 0, rows)?.f_copy_(tokens)?;
         let mut stream = None;
         for (index, piece) in pieces.iter().enumerate() {
-            piece.recording.replay(&|| model.piece(index, ids, stream, mixed))?;
+            piece.recording.replay(&|| model.piece(index, ids, stream.map(|stream| (stream, &*mixed))))?;
             stream = Some(&piece.stream);
             let next = piece.next.f_narrow(0, 0, rows)?;
             match model.layers.get(index) {
@@ -163,7 +163,7 @@ impl Graphs {
         // Held until the next piece has been recorded.
         let mut before: Option<Made> = None;
         for index in 0..=c.layers {
-            let work = || model.piece(index, &tokens, before.as_ref().map(|(stream, _)| stream), &mixed);
+            let work = || model.piece(index, &tokens, before.as_ref().map(|(stream, _)| (stream, &mixed)));
             let (recording, made) = self.recorder.record(&work)?;
             let (stream, next) = (unowned(&made.0).map_err(told)?, unowned(&made.1).map_err(told)?);
             pieces.push(Piece { recording, stream, next });
@@ -184,7 +184,6 @@ type New = unsafe extern "C" fn(c_int) -> *mut c_void;
 type Begin = unsafe extern "C" fn(*mut c_void) -> *mut c_void;
 type Act = unsafe extern "C" fn(*mut c_void) -> c_int;
 type Free = unsafe extern "C" fn(*mut c_void);
-type Number = unsafe extern "C" fn() -> c_int;
 type Text = unsafe extern "C" fn() -> *const c_char;
 
 /// The shim's functions.
@@ -203,38 +202,19 @@ struct Shim {
 
 impl Shim {
     fn open() -> Result<Self, String> {
-        let beside = || Some(std::env::current_exe().ok()?.parent()?.join(FILE)).filter(|path| path.exists());
-        let named = std::env::var_os(LIBRARY).map(PathBuf::from);
-        let path = named.or_else(beside).unwrap_or_else(|| FILE.into());
-        let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| "its path holds a NUL")?;
-        // SAFETY: the library is the one that `cuda/graphs.cpp` makes, of the version that these types are of; it is never closed. What
-        // dlerror gives is a NUL-terminated text that stays until this thread's next call of the family.
+        // SAFETY: the library is the one that `cuda/graphs.cpp` makes, of the version that these types are of.
         unsafe {
-            let library = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
-            if library.is_null() {
-                let reason = libc::dlerror();
-                let reason = if reason.is_null() { "no reason given".into() } else { CStr::from_ptr(reason).to_string_lossy() };
-                return Err(format!("the shim cannot be opened ({reason}): 'make cuda' builds it, {LIBRARY} names it"));
-            }
-            let find = |name: &CStr| {
-                NonNull::new(libc::dlsym(library, name.as_ptr()))
-                    .map(NonNull::as_ptr)
-                    .ok_or_else(|| format!("{} lacks {}: build it anew", path.display(), name.to_string_lossy()))
-            };
-            let version = std::mem::transmute::<*mut c_void, Number>(find(c"lacuna_graphs_version")?)();
-            if version != VERSION {
-                return Err(format!("{} is of version {version}, not {VERSION}: build it anew", path.display()));
-            }
+            let library = Library::open(LIBRARY, FILE, (c"lacuna_graphs_version", VERSION))?;
             Ok(Self {
-                error: std::mem::transmute::<*mut c_void, Text>(find(c"lacuna_graphs_error")?),
-                new: std::mem::transmute::<*mut c_void, New>(find(c"lacuna_graphs_new")?),
-                free: std::mem::transmute::<*mut c_void, Free>(find(c"lacuna_graphs_free")?),
-                enter: std::mem::transmute::<*mut c_void, Act>(find(c"lacuna_graphs_enter")?),
-                leave: std::mem::transmute::<*mut c_void, Act>(find(c"lacuna_graphs_leave")?),
-                begin: std::mem::transmute::<*mut c_void, Begin>(find(c"lacuna_graphs_begin")?),
-                end: std::mem::transmute::<*mut c_void, Act>(find(c"lacuna_graphs_end")?),
-                replay: std::mem::transmute::<*mut c_void, Act>(find(c"lacuna_graphs_replay")?),
-                drop: std::mem::transmute::<*mut c_void, Free>(find(c"lacuna_graphs_drop")?),
+                error: library.find::<Text>(c"lacuna_graphs_error")?,
+                new: library.find::<New>(c"lacuna_graphs_new")?,
+                free: library.find::<Free>(c"lacuna_graphs_free")?,
+                enter: library.find::<Act>(c"lacuna_graphs_enter")?,
+                leave: library.find::<Act>(c"lacuna_graphs_leave")?,
+                begin: library.find::<Begin>(c"lacuna_graphs_begin")?,
+                end: library.find::<Act>(c"lacuna_graphs_end")?,
+                replay: library.find::<Act>(c"lacuna_graphs_replay")?,
+                drop: library.find::<Free>(c"lacuna_graphs_drop")?,
             })
         }
     }

@@ -23,8 +23,9 @@ pub mod statistics;
 use thiserror::Error;
 
 use crate::checkpoint::config::ModelConfig;
+use crate::tensor::fused::Fused;
 use crate::tensor::kernels::{self, fixed::Fixed};
-use crate::tensor::{Device, Dtype, Kind, Placement, TchError, Tensor, pages};
+use crate::tensor::{Device, Dtype, Kind, Placement, TchError, Tensor, flash, pages};
 use family::{Attention, Names};
 use linear::{Linear, bytes, join};
 use quantized::{Matrix, Scheme};
@@ -170,6 +171,10 @@ pub struct Transformer {
     weight_bytes: usize,
     /// Where the work between attentions is recorded and replayed.
     graphs: Option<Graphs>,
+    /// What the device has instead of libtorch's small operations.
+    fused: Option<&'static Fused>,
+    /// What attends over sequences of many lengths at once, where the device has that.
+    ragged: Option<flash::Attend>,
 }
 
 impl Transformer {
@@ -213,8 +218,10 @@ impl Transformer {
             Some(other) => Head::Packed(Linear::new(other, None, placement)?),
         };
         let rotary = Rotary::new(config, positions.min(config.max_positions), placement.device)?;
-        let config = config.clone();
-        let mut model = Self { config, placement, embedding, layers, norm, head, rotary, weight_bytes: 0, graphs: None };
+        let (config, fused) = (config.clone(), Fused::on(placement.device));
+        let ragged = flash::ragged(placement.dtype.kind(), placement.device, config.head_dim);
+        let mut model =
+            Self { config, placement, embedding, layers, norm, head, rotary, weight_bytes: 0, graphs: None, fused, ragged };
         model.weight_bytes = model.bytes();
         if !model.stays_in_cache() {
             model.linears().for_each(Linear::read_from_memory);
@@ -261,6 +268,11 @@ impl Transformer {
     /// Whether it does so.
     pub fn graphs(&self) -> bool {
         self.graphs.is_some()
+    }
+
+    /// Kernels that do more than one of libtorch's operations, where the device has them.
+    pub fn fused(&self) -> Option<&'static Fused> {
+        self.fused
     }
 
     /// Has forwards of few rows replayed from [`Graphs`].
@@ -323,49 +335,27 @@ impl Transformer {
         tokens: &Tensor,
         mut mix: impl FnMut(usize, &Layer, &Tensor) -> Result<Tensor, ModelError>,
     ) -> Result<Tensor, ModelError> {
-        let mut x = self.embed(tokens)?;
+        let (mut x, mut next) = self.piece(0, tokens, None)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let mixed = mix(index, layer, &self.project(layer, &x)?)?;
-            x = self.absorb(layer, &x, &mixed)?;
+            let mixed = mix(index, layer, &next)?;
+            (x, next) = self.piece(index + 1, tokens, Some((&x, &mixed)))?;
         }
-        self.rms_norm(&x, &self.norm)
+        Ok(next)
     }
 
-    /// What lies before the attention of layer `index`, or behind the last one: the residual stream, given `stream` and what the
-    /// attention before `mixed`, and with it the layer's queries, keys and values, or the final hidden states.
-    fn piece(
-        &self,
-        index: usize,
-        tokens: &Tensor,
-        stream: Option<&Tensor>,
-        mixed: &Tensor,
-    ) -> Result<(Tensor, Tensor), ModelError> {
-        let before = index.checked_sub(1).and_then(|before| self.layers.get(before));
-        let x = match before.zip(stream) {
-            Some((layer, x)) => self.absorb(layer, x, mixed)?,
-            None => self.embed(tokens)?,
+    /// What lies before the attention of layer `index`, or behind the last one: the residual stream, given the stream and what the
+    /// attention came to `before` it, and with it the layer's queries, keys and values, or the final hidden states.
+    fn piece(&self, index: usize, tokens: &Tensor, before: Option<(&Tensor, &Tensor)>) -> Result<(Tensor, Tensor), ModelError> {
+        let layer = self.layers.get(index);
+        let norm = layer.map_or(&self.norm, |layer| &layer.attention_norm);
+        let (x, normed) = match index.checked_sub(1).and_then(|before| self.layers.get(before)).zip(before) {
+            Some((layer, (x, mixed))) => {
+                let (x, normed) = self.add_norm(x, Some(&layer.output.forward(mixed)?), &layer.mlp_norm)?;
+                self.add_norm(&x, Some(&self.mlp(layer, &normed)?), norm)?
+            }
+            None => self.add_norm(&Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?, None, norm)?,
         };
-        let next = match self.layers.get(index) {
-            Some(layer) => self.project(layer, &x)?,
-            None => self.rms_norm(&x, &self.norm)?,
-        };
-        Ok((x, next))
-    }
-
-    fn embed(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        Ok(Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?)
-    }
-
-    /// A layer's queries, keys and values.
-    fn project(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, ModelError> {
-        layer.qkv.forward(&self.rms_norm(x, &layer.attention_norm)?)
-    }
-
-    /// The residual stream behind a layer whose attention came to `mixed`.
-    fn absorb(&self, layer: &Layer, x: &Tensor, mixed: &Tensor) -> Result<Tensor, ModelError> {
-        let x = x.f_add(&layer.output.forward(mixed)?)?;
-        let normed = self.rms_norm(&x, &layer.mlp_norm)?;
-        Ok(x.f_add(&self.mlp(layer, &normed)?)?)
+        Ok((x, layer.map_or(Ok(normed.shallow_clone()), |layer| layer.qkv.forward(&normed))?))
     }
 
     /// Logits of chosen rows, `hidden: [rows, hidden]` to `[rows, vocab]`.
@@ -436,8 +426,21 @@ impl Transformer {
         if let Some(gated) = kernels::pointwise::swiglu(&gate_up)? {
             return layer.down.forward(&gated);
         }
+        if let Some(gated) = self.fused.map_or(Ok(None), |fused| fused.gated(&gate_up))? {
+            return layer.down.forward(&gated);
+        }
         let gate = gate_up.f_narrow(-1, 0, width)?.f_silu()?;
         layer.down.forward(&gate.f_mul(&gate_up.f_narrow(-1, width, width)?)?)
+    }
+
+    /// `x + more`, and its norm.
+    fn add_norm(&self, x: &Tensor, more: Option<&Tensor>, weight: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
+        if let Some(both) = self.fused.map_or(Ok(None), |fused| fused.add_norm(x, more, weight, self.config.norm_eps))? {
+            return Ok(both);
+        }
+        let x = more.map_or_else(|| Ok(x.shallow_clone()), |more| x.f_add(more))?;
+        let normed = self.rms_norm(&x, weight)?;
+        Ok((x, normed))
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, ModelError> {

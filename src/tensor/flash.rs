@@ -1,8 +1,10 @@
-//! Causal attention of new tokens over all that came before them, without a mask: libtorch's flash kernel puts the diagonal into the
-//! lower right corner, where its public attention has it in the upper left and wants a mask for anything else.
+//! What libtorch's flash kernel can do and its public attention cannot: causal attention of new tokens over all that came before them without
+//! a mask ([`causal`]: the diagonal is in the lower right corner, which otherwise takes a mask), and many sequences of different
+//! lengths in one call ([`ragged`]: otherwise each is a call of its own, and telling a GPU of thirty of them in every layer takes longer
+//! than the attention itself).
 //!
-//! `tch` does not wrap that operator; libtorch's CUDA half exports it as a C function, looked up by name. It has not been tried by us
-//! on every GPU and version, so it is asked a small question first, and used only if it answers as attention with a mask does.
+//! `tch` does not wrap these operators; libtorch's CUDA half exports them as C functions, looked up by name. They have not been tried by us
+//! on every GPU and version, so each is asked a small question first, and used only if it answers as attention with a mask does.
 
 use std::ffi::c_void;
 use std::sync::LazyLock;
@@ -35,10 +37,189 @@ type Flash = unsafe extern "C" fn(
     *mut Handle,
 ) -> i32;
 
+/// `aoti_torch_cuda__flash_attention_forward`: query, key, value, where each sequence's queries and keys begin, the longest of both, dropout, causal,
+/// debug mask, scale, window to the left and right, how many keys each sequence has, slopes, then what it gives.
+type Varlen = unsafe extern "C" fn(
+    Handle,
+    Handle,
+    Handle,
+    *const Handle,
+    *const Handle,
+    i64,
+    i64,
+    f64,
+    i32,
+    i32,
+    *const f64,
+    *const i64,
+    *const i64,
+    *const Handle,
+    *const Handle,
+    *mut Handle,
+    *mut Handle,
+    *mut Handle,
+    *mut Handle,
+    *mut Handle,
+) -> i32;
+
 /// Whether [`causal`] takes tensors of this kind, here.
 pub fn fits(kind: Kind, device: Device, dim: usize) -> bool {
+    takes(kind, device, dim) && TRUSTED.is_some()
+}
+
+/// Whether the flash kernels take tensors of this kind.
+fn takes(kind: Kind, device: Device, dim: usize) -> bool {
     let kernel = matches!(device, Device::Cuda(_)) && matches!(kind, Kind::Half | Kind::BFloat16);
-    kernel && dim.is_multiple_of(8) && dim <= 256 && TRUSTED.is_some()
+    kernel && dim.is_multiple_of(8) && dim <= 256
+}
+
+/// Sequences of different lengths, side by side.
+pub struct Ragged<'a> {
+    /// `[rows, heads, dim]`.
+    pub query: &'a Tensor,
+    /// `[positions, kv_heads, dim]`, of which sequences have parts.
+    pub key: &'a Tensor,
+    pub value: &'a Tensor,
+    /// Where each sequence's rows begin, and where the last one's end, `[sequences + 1]` in i32.
+    pub rows: &'a Tensor,
+    /// Where each sequence's positions begin, likewise, and how many there are, `[sequences]`.
+    pub positions: &'a Tensor,
+    pub visible: &'a Tensor,
+    /// The most rows and positions that a sequence has.
+    pub longest: (usize, usize),
+    /// The last row of each sequence sees all of its positions and each row before it one less; else all see all.
+    pub causal: bool,
+}
+
+/// Attends over many sequences at once, `[rows, heads, dim]`; `None` if it will not.
+pub type Attend = fn(&Ragged) -> Option<Tensor>;
+
+/// What attends over [`Ragged`] sequences of this kind, here.
+pub fn ragged(kind: Kind, device: Device, dim: usize) -> Option<Attend> {
+    (takes(kind, device, dim) && VARLEN.is_some()).then_some(|asked: &Ragged| varlen(VARLEN.as_ref().copied()?, asked))
+}
+
+fn varlen(flash: Varlen, asked: &Ragged) -> Option<Tensor> {
+    let handle = |tensor: &Tensor| tensor.as_ptr().cast_mut().cast::<c_void>();
+    let (rows, positions, visible) = (handle(asked.rows), handle(asked.positions), handle(asked.visible));
+    let (longest_rows, longest_visible) = (asked.longest.0 as i64, asked.longest.1 as i64);
+    let (none, nothing, mut out) = (std::ptr::null_mut::<Handle>(), std::ptr::null(), std::ptr::null_mut());
+    // SAFETY: the function of this form; the tensors outlive the call, and it only reads them. What it gives is a new tensor of ours.
+    unsafe {
+        let (q, k, v) = (handle(asked.query), handle(asked.key), handle(asked.value));
+        let causal = i32::from(asked.causal);
+        let failed = flash(
+            q,
+            k,
+            v,
+            &rows,
+            &positions,
+            longest_rows,
+            longest_visible,
+            0.0,
+            causal,
+            0,
+            std::ptr::null(),
+            nothing,
+            nothing,
+            &visible,
+            std::ptr::null(),
+            &mut out,
+            none,
+            none,
+            none,
+            none,
+        );
+        (failed == 0 && !out.is_null()).then(|| Tensor::from_ptr(out.cast()))
+    }
+}
+
+static VARLEN: LazyLock<Option<Varlen>> = LazyLock::new(|| {
+    // SAFETY: a look-up by name; what is found is the function of this form.
+    let flash = unsafe {
+        let found = libc::dlsym(libc::RTLD_DEFAULT, c"aoti_torch_cuda__flash_attention_forward".as_ptr());
+        (!found.is_null()).then(|| std::mem::transmute::<*mut c_void, Varlen>(found))
+    }?;
+    let right = tch::no_grad(|| answers_ragged(Device::cuda_if_available(), Kind::BFloat16, |asked| varlen(flash, asked)));
+    match right {
+        Ok(true) => Some(flash),
+        _ => {
+            tracing::warn!("libtorch's flash attention of many sequences is not what was expected: each attends by itself");
+            None
+        }
+    }
+});
+
+/// Whether `attend` does what [`Ragged`] says: sequences of 1, 3 and 2 rows whose positions lie apart, in another order, and with others between.
+fn answers_ragged(device: Device, kind: Kind, attend: impl Fn(&Ragged) -> Option<Tensor>) -> Result<bool, TchError> {
+    let (heads, kv_heads, dim) = (4, 2, 64);
+    let (first, rows, begins, visible) = ([0, 1, 4], [1, 3, 2], [20, 2, 31], [9, 11, 2]);
+    let wave = |rows: i64, heads: i64, step: f64| -> Result<Tensor, TchError> {
+        let numbers = Tensor::f_arange(rows * heads * dim, (Kind::Float, device))?.f_mul_scalar(step)?.f_sin()?;
+        numbers.f_mul_scalar(1.5)?.f_view([rows, heads, dim])?.f_to_kind(kind)
+    };
+    let query = wave(6, heads, 0.7)?;
+    // Keys beside values, as a cache has them.
+    let both = wave(40, 2 * kv_heads, 1.3)?;
+    let (key, value) = (both.f_narrow(1, 0, kv_heads)?, both.f_narrow(1, kv_heads, kv_heads)?);
+    let numbers = |numbers: &[i32]| super::upload(numbers, device);
+    let (ends, places) = (numbers(&[0, 1, 4, 6])?, numbers(&[begins[0], begins[1], begins[2], 40])?);
+    let seen = numbers(&visible)?;
+    for causal in [false, true] {
+        let longest = (3, 11);
+        let asked = Ragged {
+            query: &query,
+            key: &key,
+            value: &value,
+            rows: &ends,
+            positions: &places,
+            visible: &seen,
+            longest,
+            causal,
+        };
+        let Some(found) = attend(&asked) else { return Ok(false) };
+        if found.size() != query.size() {
+            return Ok(false);
+        }
+        for sequence in 0..3 {
+            let (count, seen) = (i64::from(rows[sequence]), i64::from(visible[sequence]));
+            let of = |tensor: &Tensor, first: i32, count: i64| {
+                tensor.f_narrow(0, i64::from(first), count)?.f_transpose(0, 1)?.f_unsqueeze(0)
+            };
+            let (q, k, v) =
+                (of(&query, first[sequence], count)?, of(&key, begins[sequence], seen)?, of(&value, begins[sequence], seen)?);
+            let sees = Tensor::f_ones([count, seen], (Kind::Bool, device))?;
+            let sees = if causal { sees.f_tril(seen - count)? } else { sees };
+            let right = Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(&sees), 0.0, false, None::<f64>, true)?;
+            let error = of(&found, first[sequence], count)?.f_to_kind(Kind::Float)?.f_sub(&right.f_to_kind(Kind::Float)?)?;
+            let error = error.f_abs()?.f_max()?.f_double_value(&[])?;
+            if error.is_nan() || error >= 0.03 {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// [`Ragged`] attention sequence by sequence, for tests.
+#[cfg(test)]
+pub(crate) fn one_by_one(asked: &Ragged) -> Option<Tensor> {
+    let numbers = |tensor: &Tensor| Vec::<i32>::try_from(tensor).unwrap().into_iter().map(i64::from).collect::<Vec<_>>();
+    let (rows, begins, visible) = (numbers(asked.rows), numbers(asked.positions), numbers(asked.visible));
+    assert_eq!((rows.len(), begins.len()), (visible.len() + 1, visible.len() + 1));
+    assert_eq!(asked.longest.1 as i64, *visible.iter().max().unwrap());
+    assert_eq!(asked.longest.0 as i64, rows.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap());
+    let each = visible.iter().enumerate().map(|(sequence, seen)| {
+        let count = rows[sequence + 1] - rows[sequence];
+        let of = |tensor: &Tensor, first: i64, count: i64| tensor.narrow(0, first, count).transpose(0, 1).unsqueeze(0);
+        let (query, key) = (of(asked.query, rows[sequence], count), of(asked.key, begins[sequence], *seen));
+        let value = of(asked.value, begins[sequence], *seen);
+        let sees = Tensor::ones([count, *seen], (Kind::Bool, asked.query.device()));
+        let sees = if asked.causal { sees.tril(seen - count) } else { sees };
+        let mixed = Tensor::scaled_dot_product_attention(&query, &key, &value, Some(&sees), 0.0, false, None::<f64>, true);
+        mixed.squeeze_dim(0).transpose(0, 1)
+    });
+    Some(Tensor::cat(&each.collect::<Vec<_>>(), 0))
 }
 
 /// Attention of `query: [batch, heads, rows, dim]` over `key`, `value: [batch, kv_heads, seen, dim]`, where the last row sees everything and each row
@@ -98,6 +279,20 @@ mod tests {
     use super::*;
 
     /// The CPU's operator is reached in the same way; its diagonal begins in the upper left corner, which the question must notice.
+    #[test]
+    fn only_who_attends_over_each_sequence_by_itself_is_trusted() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let asked = |attend: &dyn Fn(&Ragged) -> Option<Tensor>| answers_ragged(Device::Cpu, kind, attend).unwrap();
+            assert!(asked(&one_by_one));
+            assert!(!asked(&|asked: &Ragged| one_by_one(&Ragged { causal: false, ..*asked })), "no diagonal");
+            assert!(!asked(&|asked: &Ragged| one_by_one(&Ragged { value: asked.key, ..*asked })), "keys for values");
+            let moved = |asked: &Ragged| one_by_one(&Ragged { positions: &(asked.positions + 1), ..*asked });
+            assert!(!asked(&moved), "a neighbour's positions");
+            assert!(!asked(&|_: &Ragged| None), "no answer");
+        }
+        assert!(ragged(Kind::BFloat16, Device::Cpu, 64).is_none());
+    }
+
     #[test]
     fn only_what_answers_right_is_trusted() {
         type OnCpu =

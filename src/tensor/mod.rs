@@ -6,7 +6,9 @@
 mod cuda;
 mod device;
 pub mod flash;
+pub mod fused;
 pub mod kernels;
+pub mod library;
 mod memory;
 pub mod pages;
 

@@ -216,14 +216,34 @@ pub fn drive_until(
 /// Runs this test binary once more with everything left to libtorch: the way that GPUs, other types and many rows take must keep the
 /// same promises. `except` is the calling test.
 pub fn again_without_kernels(except: &str) {
+    again(except, &[], None);
+}
+
+/// Likewise with the kernels that GPUs have, which are slow here: only tests whose names hold one of `some`.
+pub fn again_with_fused_kernels(except: &str, some: &[&str]) {
+    again(except, some, Some(kernels_on_cpu()));
+}
+
+fn again(except: &str, some: &[&str], fused: Option<PathBuf>) {
     if std::env::var_os("LACUNA_KERNELS").is_some() {
         return;
     }
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--skip", except])
-        .env("LACUNA_KERNELS", "off")
-        .output()
-        .unwrap();
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(some).args(["--skip", except]).env("LACUNA_KERNELS", "off");
+    command.envs(fused.map(|library| ("LACUNA_FUSED_LIBRARY", library)));
+    let output = command.output().unwrap();
     let told = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && !told.contains("running 0 tests"), "{told}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The kernels of `cuda/kernels`, built for the CPU.
+pub fn kernels_on_cpu() -> PathBuf {
+    static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
+        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join("liblacuna_kernels_on_cpu.so");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/build-cuda.sh");
+        let built = std::process::Command::new(script).arg("kernels-on-cpu").arg(&library).output().expect("the script starts");
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        library
+    });
+    LIBRARY.clone()
 }

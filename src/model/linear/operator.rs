@@ -7,6 +7,7 @@
 use super::{Placement, Product, add, bytes};
 use crate::model::ModelError;
 use crate::model::quantized::{Activations, Codes, Quantized, Scheme, Sharing, round_rows};
+use crate::tensor::fused::Fused;
 use crate::tensor::{Device, Dtype, Kind, Tensor};
 
 /// Rows that `_int_mm` wants on a GPU.
@@ -33,6 +34,14 @@ fn as_rows(x: &Tensor, outputs: i64) -> Result<(Tensor, Vec<i64>), ModelError> {
     Ok((x.f_reshape([-1, inputs])?, shape))
 }
 
+/// [`round_rows`], in one pass where the device has it.
+fn codes_of(x: &Tensor, codes: Codes, fused: Option<&Fused>) -> Result<(Tensor, Tensor), ModelError> {
+    match fused.map_or(Ok(None), |fused| fused.rounded(x, codes == Codes::E4m3))? {
+        Some(rounded) => Ok(rounded),
+        None => round_rows(x, codes),
+    }
+}
+
 /// Whole numbers by whole numbers.
 pub(super) fn int8(weight: &Quantized, placement: Placement) -> Result<Option<Box<dyn Product>>, ModelError> {
     let sizes = on_cpu(placement) || (weight.inputs().is_multiple_of(8) && weight.outputs().is_multiple_of(8));
@@ -44,7 +53,7 @@ pub(super) fn int8(weight: &Quantized, placement: Placement) -> Result<Option<Bo
     let codes = if on_cpu(placement) { transposed.f_contiguous()? } else { transposed };
     let least = if on_cpu(placement) { 1 } else { INT_ROWS_MIN };
     let step = if on_cpu(placement) { 1 } else { 8 };
-    Ok(Some(Box::new(Whole { codes, scales: weight.scales.f_view([1, -1])?, least, step })))
+    Ok(Some(Box::new(Whole { codes, scales: weight.scales.f_view([1, -1])?, least, step, fused: Fused::on(placement.device) })))
 }
 
 struct Whole {
@@ -54,12 +63,13 @@ struct Whole {
     scales: Tensor,
     least: i64,
     step: i64,
+    fused: Option<&'static Fused>,
 }
 
 impl Product for Whole {
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, ModelError> {
         let (rows, shape) = as_rows(x, self.codes.size2()?.1)?;
-        let (codes, scales) = round_rows(&rows, Codes::Int8)?;
+        let (codes, scales) = codes_of(&rows, Codes::Int8, self.fused)?;
         let sums = fill_up(&codes, self.least, self.step)?.f_internal_int_mm(&self.codes)?;
         let sums = sums.f_narrow(0, 0, rows.size2()?.0)?.f_to_kind(Kind::Float)?;
         add(sums.f_mul(&scales)?.f_mul(&self.scales)?.f_to_kind(x.kind())?.f_view(&*shape)?, bias)
@@ -165,7 +175,7 @@ pub(super) fn fp8(weight: &Quantized, placement: Placement) -> Result<Option<Box
         _ => return Ok(None),
     };
     let codes = weight.codes.f_contiguous()?.f_transpose(0, 1)?;
-    Ok(Some(Box::new(Scaled { codes, scales, blocks: weight.scheme == Scheme::FP8_BLOCK })))
+    Ok(Some(Box::new(Scaled { codes, scales, blocks: weight.scheme == Scheme::FP8_BLOCK, fused: Fused::on(placement.device) })))
 }
 
 struct Scaled {
@@ -173,6 +183,7 @@ struct Scaled {
     codes: Tensor,
     scales: Tensor,
     blocks: bool,
+    fused: Option<&'static Fused>,
 }
 
 impl Product for Scaled {
@@ -182,12 +193,12 @@ impl Product for Scaled {
         let count = rows.size2()?.0;
         let filled = fill_up(&rows, 1, 4)?;
         let (codes, scales) = if self.blocks {
-            let (codes, scales) = round_rows(&filled.f_view([-1, 128])?, Codes::E4m3)?;
+            let (codes, scales) = codes_of(&filled.f_view([-1, 128])?, Codes::E4m3, self.fused)?;
             // One column after the other.
             let scales = scales.f_view([-1, inputs / 128])?.f_transpose(0, 1)?.f_contiguous()?.f_transpose(0, 1)?;
             (codes.f_view([-1, inputs])?, scales)
         } else {
-            round_rows(&filled, Codes::E4m3)?
+            codes_of(&filled, Codes::E4m3, self.fused)?
         };
         let none = None::<&Tensor>;
         let out = codes.f_internal_scaled_mm(&self.codes, &scales, &self.scales, none, none, Kind::BFloat16, false)?;

@@ -1,9 +1,10 @@
 //! From logits to what decoding needs: chosen token, confidence, margin and entropy of each wanted row.
 //!
-//! On the CPU each `row` is done by itself, by kernels of our own; elsewhere libtorch makes a `table` on the device for rows that
-//! are asked the same, and all tables of a forward are copied at once. Neither makes an f32 copy of all logits (guidance, which mixes
-//! two sets of logits first, does). Sums of probabilities are taken in f64: two confidences of 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
+//! On the CPU each `row` is done by itself, by kernels of our own; elsewhere rows that are asked the same get a table on the device, by a
+//! kernel in `one_pass` where they ask for no more than that knows, else by libtorch (`table`), and all tables of a forward are copied at once. None
+//! makes an f32 copy of all logits (guidance, which mixes two sets of logits first, does). Sums of probabilities are taken in f64: two confidences of 1 − 10⁻⁹ and 1 − 10⁻⁸ must not tie.
 
+mod one_pass;
 mod row;
 mod table;
 
@@ -15,6 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use self::table::{Columns, Rows};
 use super::ModelError;
 use crate::decode::{Noise, RowStatistics, Sampling};
+use crate::tensor::fused::Fused;
 use crate::tensor::{Device, Tensor, kernels};
 
 /// A token that has occurred: `(token, occurrences in the prompt, occurrences since)`.
@@ -92,7 +94,7 @@ fn uniforms(noise: &Noise, rows: usize) -> Cow<'_, [f64]> {
 
 /// Statistics of `logits: [rows, vocab]`, in order.
 pub fn statistics(logits: &Tensor, conditions: &Conditions) -> Result<Vec<RowStatistics>, ModelError> {
-    let mut ledger = Ledger::default();
+    let mut ledger = Ledger::new(Fused::on(logits.device()));
     ledger.add(logits, &[Part { index: 0, at: 0, rows: logits.size2()?.0 as usize, conditions: *conditions }])?;
     ledger.read()?.pop().map_or(Ok(vec![]), |(_, rows)| rows)
 }
@@ -115,9 +117,15 @@ pub struct Ledger {
     /// Windows that share a table, with how many rows each has.
     shared: Vec<(Vec<(usize, usize)>, Columns)>,
     tables: Vec<Tensor>,
+    fused: Option<&'static Fused>,
 }
 
 impl Ledger {
+    /// With what the device has to make tables in one pass.
+    pub fn new(fused: Option<&'static Fused>) -> Self {
+        Self { fused, ..Self::default() }
+    }
+
     /// Takes the statistics of these parts of `logits: [rows, vocab]`.
     pub fn add(&mut self, logits: &Tensor, parts: &[Part]) -> Result<(), ModelError> {
         let own = |part: &Part| part.conditions.proposal.is_none();
@@ -154,7 +162,8 @@ impl Ledger {
             return Ok(());
         }
         let rows = Rows { sampling: conditions.sampling, picks, histories, proposal: conditions.proposal };
-        self.tables.push(table::table(&logits, &rows)?.f_view(-1)?);
+        let made = self.fused.map_or(Ok(None), |fused| one_pass::table(fused, &logits, &rows))?;
+        self.tables.push(made.map_or_else(|| table::table(&logits, &rows), Ok)?.f_view(-1)?);
         let columns = Columns::of(conditions.sampling, logits.size()[1]);
         self.shared.push((parts.iter().map(|part| (part.index, part.rows)).collect(), columns));
         Ok(())
@@ -294,6 +303,65 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// The kernel of a GPU, on the CPU: a table for whatever it takes, and libtorch's for the rest.
+    #[test]
+    fn one_pass_tells_what_libtorch_tells() {
+        let _generator = crate::tensor::seeded(4);
+        let fused = crate::tensor::fused::tests::emulated();
+        let base = Sampling { margin: true, entropy: true, ..Sampling::default() };
+        let histories = vec![vec![(3, 1, 1)]; 4];
+        let apart = Sampling {
+            logit_bias: vec![(700, 4.0), (3, -2.0), (700, 1.0)],
+            forbidden: vec![5, 9],
+            unconfident: vec![7, 700],
+            ..base.clone()
+        };
+        let cases = [
+            (true, base.clone()),
+            (true, Sampling { margin: false, ..apart.clone() }),
+            (true, Sampling { temperature: 0.6, ..apart.clone() }),
+            (true, Sampling { temperature: 1.8, filtered_confidence: true, ..apart }),
+            (false, Sampling { top_k: Some(3), ..base.clone() }),
+            (false, Sampling { top_p: Some(0.5), temperature: 1.0, ..base.clone() }),
+            (false, Sampling { min_p: Some(0.1), ..base.clone() }),
+            (false, Sampling { alternatives: 2, ..base.clone() }),
+            (false, Sampling { penalties: Penalties { presence: 1.0, ..Penalties::default() }, ..base }),
+        ];
+        for (kind, vocab) in [(Kind::Float, 1000), (Kind::BFloat16, 1003)] {
+            let logits = (Tensor::randn([4, vocab], (Kind::Float, Device::Cpu)) * 3.0).to_kind(kind);
+            for (taken, sampling) in &cases {
+                for noise in [Noise::Uniforms(vec![0.0, 0.4, 0.7, 1.0]), Noise::Given(vec![0, 7, 5, 999])] {
+                    let conditions = Conditions { sampling, noise: &noise, histories: &histories, proposal: None };
+                    let asked = Rows {
+                        sampling,
+                        picks: conditions.picks(4).unwrap(),
+                        histories: conditions.histories(4).iter().map(Vec::as_slice).collect(),
+                        proposal: None,
+                    };
+                    let Some(found) = one_pass::table(fused, &logits, &asked).unwrap() else {
+                        assert!(!taken, "{sampling:?} was not taken");
+                        continue;
+                    };
+                    assert!(taken, "{sampling:?} was taken");
+                    let right = table::table(&logits, &asked).unwrap();
+                    assert!(found.allclose(&right, 2e-5, 1e-7, false), "{kind:?} {sampling:?} {noise:?}: {found} {right}");
+                }
+            }
+        }
+        // A ledger has whoever is there make its tables.
+        let logits = Tensor::randn([2, 64], (Kind::Float, Device::Cpu));
+        let sampling = Sampling { temperature: 1.0, ..Sampling::default() };
+        let conditions = Conditions { sampling: &sampling, noise: &Noise::Seed(3), histories: &[], proposal: None };
+        let part = Part { index: 0, at: 0, rows: 2, conditions };
+        let told = |fused| {
+            let mut ledger = Ledger::new(fused);
+            ledger.add_table(&logits, &[part]).unwrap();
+            ledger.read().unwrap().pop().unwrap().1.unwrap()
+        };
+        let (ours, theirs) = (told(Some(fused)), told(None));
+        assert!(ours.iter().zip(&theirs).all(|(a, b)| a.token == b.token && close(a.confidence, b.confidence)));
     }
 
     /// bf16 has many logits that are the same: as many as are needed are in, those with the lowest ids first.
