@@ -38,7 +38,7 @@ setup-tests: ## install what the tests' clients need: .venv, tests/node, Chromiu
 build: setup ## build target/release/lacuna
 	cargo build --release --locked
 
-cuda: setup ## build target/release/liblacuna_graphs.so, for CUDA graphs on a machine with a GPU
+cuda: setup ## build target/release/liblacuna_*.so, CUDA graphs and kernels for a machine with a GPU
 	@scripts/build-cuda.sh
 
 serve: build ## serve MODEL and SIBLING on ADDRESS, with a page

@@ -1,4 +1,5 @@
-// CUDA graphs for lacuna: libtorch's own class behind seven C functions, in a library of its own that is opened at run time.
+// CUDA graphs for lacuna: libtorch's own class behind C functions, in a library of its own that is opened at run time; and what else of
+// libtorch's CUDA half has no C function.
 //
 // It is compiled on any machine against libtorch's headers and the CUDA runtime's (scripts/build-cuda.sh); what it calls is found in
 // libtorch_cuda.so, which must be open already. No exception leaves it: a function answers 0 or null for a failure, and
@@ -60,7 +61,12 @@ auto guarded(Work work) noexcept -> decltype(work()) {
 extern "C" {
 
 // Of this interface: whoever opens the library compares it with the one that he was written for.
-int lacuna_graphs_version() noexcept { return 1; }
+int lacuna_graphs_version() noexcept { return 2; }
+
+// Gives memory that tensors had back to the devices, where the allocator would keep it for later ones.
+int lacuna_graphs_give_back() noexcept {
+  return guarded([&] { c10::cuda::CUDACachingAllocator::emptyCache(); return 1; });
+}
 
 // Why this thread's last call failed. The text stays until its next call.
 const char* lacuna_graphs_error() noexcept { return reason.c_str(); }

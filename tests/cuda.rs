@@ -34,7 +34,7 @@ fn the_shim_builds_without_a_gpu() {
     let folder = tempfile::tempdir().unwrap();
     let library = folder.path().join("liblacuna_graphs.so");
     build("graphs", &library);
-    has_what_is_looked_up(&library, "src/model/graphs.rs", 10);
+    has_what_is_looked_up(&library, "src/model/graphs.rs", 11);
 }
 
 #[test]

@@ -72,7 +72,12 @@ def main():
     step = run.json("bench", "step", "--model", "models/nano", "--device", run.device, "--window", "1", "--runs", "3")
     found["processor"] = step and step["processor"]
     found["cuda_graphs"] = step and step["cuda_graphs"]
+    found["fused_kernels"] = step and step["fused_kernels"]
     run.check("the shim for CUDA graphs is open", run.dry or bool(step and step["cuda_graphs"]))
+    kernels = ["add_norm", "gated", "rounded", "turned", "statistics"]
+    run.check("every fused kernel is used", run.dry or bool(step and step["fused_kernels"] == kernels), str(found["fused_kernels"]))
+    bf16 = run.json("bench", "step", "--model", "models/nano", "--device", run.device, "--dtype", "bf16", "--window", "1", "--runs", "3")
+    run.check("sequences of many lengths attend at once", run.dry or bool(bf16 and bf16["many_lengths_at_once"]))
     run.finish(found, ["model", "where", "right", "texts as on the CPU", "tokens/s"], rows)
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What a step costs, beside the least that it can cost and beside plain PyTorch. Under ten minutes; SHAPES in turn while time lasts.
 
-Random weights of published shapes; windows by cached prefixes by sequences; with and without CUDA graphs, and with what --quantize names.
+Random weights of published shapes; windows by cached prefixes by sequences; with and without CUDA graphs, without our own kernels, and with what
+--quantize names.
 Beside it the same shape in PyTorch (torch_forward.py). Give --shapes for others, or in another order.
 """
 
@@ -27,14 +28,16 @@ def main():
     run = Run("2_steps", args)
     runs, dtype = (2 if run.dry else args.runs), "bf16"
     found, rows = {"results": []}, []
-    lanes = [("graphs", ["--cuda-graphs", "on"]), ("eager", ["--cuda-graphs", "off"])]
-    lanes += [(scheme, ["--cuda-graphs", "on", "--quantize", scheme]) for scheme in args.quantize.split(",") if scheme]
+    lanes = [("graphs", ["--cuda-graphs", "on"], {}), ("eager", ["--cuda-graphs", "off"], {})]
+    # What fused kernels bring: a CPU's own kernels are not what this is about.
+    lanes += [] if run.dry else [("libtorch", ["--cuda-graphs", "on"], {"LACUNA_KERNELS": "off"})]
+    lanes += [(scheme, ["--cuda-graphs", "on", "--quantize", scheme], {}) for scheme in args.quantize.split(",") if scheme]
 
-    def measure(name, lane, flags, grid):
+    def measure(name, lane, flags, env, grid):
         windows, prefixes, sequences = map(",".join, grid)
         told = run.json("bench", "step", "--random-weights", shape(run, name), "--device", run.device, "--dtype", dtype, "--window", windows,
                         "--prefix", prefixes, "--sequences", sequences, "--runs", runs, "--warm-up", 1 if run.dry else 3, "--context", 1024 if run.dry else 4096,
-                        *flags)
+                        *flags, env=env)
         if told:
             run.check(f"{name} {lane}: every point was measured or says why not",
                       len(told["cells"]) + len(told["skipped"]) == len(grid[0]) * len(grid[1]) * len(grid[2]))
@@ -63,9 +66,9 @@ def main():
     for grid in [TINY] if run.dry else [TARGET, GRID]:
         for name in names:
             need = 30 if grid is TARGET else 0 if run.dry else 100
-            for lane, flags in lanes:
+            for lane, flags, env in lanes:
                 if run.time_for(f"{name} {lane}, {'the whole grid' if grid is GRID else 'the first points'}", need):
-                    measure(name, lane, flags, grid)
+                    measure(name, lane, flags, env, grid)
             if grid is not GRID and run.time_for(f"{name} in PyTorch", need):
                 pytorch(name, grid)
     run.finish(found, ["shape", "lane", "window", "prefix", "seqs", "ms", "times floor", "outside %", "tok/s at 5"], rows)

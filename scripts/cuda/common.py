@@ -51,11 +51,12 @@ class Run:
         self.left_out.append(what)
         return False
 
-    def call(self, *arguments, program=None, check=True):
-        """Runs the binary to its end, or to the end of this run's time, and gives what it wrote."""
+    def call(self, *arguments, program=None, check=True, env=None):
+        """Runs the binary to its end, or to the end of this run's time, and gives what it wrote. `env` is added to its environment."""
         command = [program or self.lacuna, *map(str, arguments)]
         try:
-            done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=max(self.left() + 20, 1))
+            done = subprocess.run(command, cwd=ROOT, env={**self.env, **(env or {})}, capture_output=True, text=True,
+                                  timeout=max(self.left() + 20, 1))
         except subprocess.TimeoutExpired:
             self.problems.append("out of time: " + " ".join(command[1:]))
             return None
@@ -64,9 +65,9 @@ class Run:
             return None
         return done
 
-    def json(self, *arguments):
+    def json(self, *arguments, env=None):
         """What the binary prints with --json; None where it fails, which is noted."""
-        done = self.call(*arguments, "--json")
+        done = self.call(*arguments, "--json", env=env)
         return done and json.loads(done.stdout)
 
     def check(self, what, holds, told=""):

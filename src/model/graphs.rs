@@ -32,6 +32,7 @@ use tracing::{info, warn};
 
 use super::{Layer, ModelError, Transformer};
 use crate::tensor::library::Library;
+use crate::tensor::memory::{self, Answer};
 use crate::tensor::{Device, Kind, Tensor};
 
 /// Rows that pieces are recorded for; more are so much work that telling the GPU of it does not matter.
@@ -40,7 +41,7 @@ const BUCKETS: [usize; 14] = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384
 const LIBRARY: &str = "LACUNA_GRAPHS_LIBRARY";
 const FILE: &str = "liblacuna_graphs.so";
 /// Of the shim's interface.
-const VERSION: c_int = 1;
+const VERSION: c_int = 2;
 
 fn bucket(rows: usize) -> Option<usize> {
     BUCKETS.into_iter().find(|bucket| *bucket >= rows && rows > 0)
@@ -205,6 +206,7 @@ impl Shim {
         // SAFETY: the library is the one that `cuda/graphs.cpp` makes, of the version that these types are of.
         unsafe {
             let library = Library::open(LIBRARY, FILE, (c"lacuna_graphs_version", VERSION))?;
+            memory::also_give_back(library.find::<Answer>(c"lacuna_graphs_give_back")?);
             Ok(Self {
                 error: library.find::<Text>(c"lacuna_graphs_error")?,
                 new: library.find::<New>(c"lacuna_graphs_new")?,

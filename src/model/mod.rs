@@ -275,6 +275,11 @@ impl Transformer {
         self.fused
     }
 
+    /// Whether sequences of different lengths attend in one operation.
+    pub fn attends_ragged(&self) -> bool {
+        self.ragged.is_some()
+    }
+
     /// Has forwards of few rows replayed from [`Graphs`].
     pub fn use_graphs(&mut self, graphs: Graphs) {
         self.graphs = Some(graphs);

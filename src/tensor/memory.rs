@@ -1,5 +1,8 @@
 //! Memory that is free on a device.
 
+use std::ffi::c_int;
+use std::sync::OnceLock;
+
 use super::{Device, cuda};
 
 /// Bytes that can still be taken on `device`; `None` where nobody says.
@@ -44,8 +47,27 @@ pub fn mebibytes(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-/// Hands memory that tensors had back to the system, where the allocator would keep it for later ones.
+/// A C function that answers 0 where it failed.
+pub type Answer = unsafe extern "C" fn() -> c_int;
+
+/// What gives a GPU's memory back. libtorch has it in C++ only, so that a library of ours has to bring it.
+static OF_GPUS: OnceLock<Answer> = OnceLock::new();
+
+/// Has [`give_back_memory`] do this, too.
+///
+/// # Safety
+/// Any thread must be able to call `give_back` at any time from now on.
+pub unsafe fn also_give_back(give_back: Answer) {
+    OF_GPUS.get_or_init(|| give_back);
+}
+
+/// Hands memory that tensors had back to the system and to GPUs, where allocators would keep it for later ones: what is free is told without it.
 pub fn give_back_memory() {
+    // SAFETY: as whoever brought it has said. Where it fails, memory is kept, and nothing else is amiss.
+    let given = OF_GPUS.get().is_none_or(|give_back| unsafe { give_back() } != 0);
+    if !given {
+        tracing::warn!("the GPU's allocator keeps memory that nobody uses");
+    }
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: it only looks through the allocator's own free lists, under its locks.
     unsafe {
@@ -56,6 +78,20 @@ pub fn give_back_memory() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_gives_memory_back_is_asked() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        static ASKED: AtomicUsize = AtomicUsize::new(0);
+        unsafe extern "C" fn give_back() -> c_int {
+            ASKED.fetch_add(1, Ordering::Relaxed);
+            1
+        }
+        // SAFETY: it only counts.
+        unsafe { also_give_back(give_back) };
+        give_back_memory();
+        assert!(ASKED.load(Ordering::Relaxed) >= 1);
+    }
 
     #[test]
     fn the_systems_own_count_is_read() {

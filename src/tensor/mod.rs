@@ -9,7 +9,7 @@ pub mod flash;
 pub mod fused;
 pub mod kernels;
 pub mod library;
-mod memory;
+pub mod memory;
 pub mod pages;
 
 use std::str::FromStr;

@@ -16,6 +16,7 @@ use crate::eval::step::grid::{self, Cell, Grid, Outcome};
 use crate::eval::step::{self, Spread};
 use crate::model::quantized::Quantizing;
 use crate::model::{RandomWeights, Transformer};
+use crate::tensor::fused::Fused;
 use crate::tensor::{self, Device, Dtype, Placement};
 
 #[derive(Args, Debug)]
@@ -85,6 +86,8 @@ fn about(json: &mut Value, options: &Options, subject: &Subject) {
     json["random_weights"] = options.random_weights.is_some().into();
     json["dtype"] = subject.network.precision().into();
     json["cuda_graphs"] = subject.network.graphs().into();
+    json["fused_kernels"] = subject.network.fused().map(Fused::names).unwrap_or_default().into();
+    json["many_lengths_at_once"] = subject.network.attends_ragged().into();
     json["device"] = placement.device_name().into();
     json["threads"] = tch::get_num_threads().into();
     json["seed"] = options.seed.into();
@@ -130,7 +133,7 @@ fn windows(options: &Options, subject: &Subject) -> Result<()> {
     };
     grid.check(network)?;
     let placement = network.placement();
-    let ceilings = Ceilings::measure(placement)?;
+    let ceilings = Ceilings::measure(placement, network.quantization())?;
     if !options.json {
         println!("{name}: {}, {}", network.precision(), tensor::describe(placement.device));
         println!("ceilings: {ceilings}");

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::model::linear;
+use crate::model::linear::{linear, sample};
+use crate::model::quantized::Scheme;
 use crate::tensor::{Device, Dtype, Kind, Placement, Tensor, free_memory, synchronize};
 
 /// How long each of the measurements may go on.
@@ -23,11 +24,13 @@ pub struct Ceilings {
     pub bytes_by: &'static str,
     pub operations_per_second: f64,
     pub operations_by: String,
+    /// Of products with weights in fewer bits, rounding of inputs included, where the model has such.
+    pub coded_per_second: Option<f64>,
 }
 
 impl Ceilings {
     /// The best of several runs each.
-    pub fn measure(placement: Placement) -> Result<Self> {
+    pub fn measure(placement: Placement, scheme: Option<Scheme>) -> Result<Self> {
         tch::no_grad(|| {
             let (bytes_per_second, bytes_by) = match placement.device {
                 Device::Cpu => reading()?,
@@ -36,20 +39,22 @@ impl Ceilings {
             // Large enough to fill the device, small enough to be over in a moment.
             let size = if placement.device == Device::Cpu { 1024 } else { 8192 };
             let (operations_per_second, operations_by) = (multiplying(placement, size)?, product(placement.dtype, size));
-            Ok(Self { bytes_per_second, bytes_by, operations_per_second, operations_by })
+            let coded_per_second = scheme.map_or(Ok(None), |scheme| multiplying_codes(scheme, placement, size))?;
+            Ok(Self { bytes_per_second, bytes_by, operations_per_second, operations_by, coded_per_second })
         })
     }
 }
 
 impl fmt::Display for Ceilings {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Self { bytes_per_second, bytes_by, operations_per_second, operations_by } = self;
+        let Self { bytes_per_second, bytes_by, operations_per_second, operations_by, coded_per_second } = self;
         write!(
             f,
             "{:.1} GB/s ({bytes_by}), {:.2} TFLOP/s ({operations_by})",
             bytes_per_second / 1e9,
             operations_per_second / 1e12
-        )
+        )?;
+        coded_per_second.map_or(Ok(()), |rate| write!(f, ", {:.2} TFLOP/s with weights in fewer bits", rate / 1e12))
     }
 }
 
@@ -101,4 +106,10 @@ fn multiplying(placement: Placement, size: i64) -> Result<f64> {
     let plain = fastest(placement.device, || a.f_linear(&b, None::<&Tensor>))?;
     let own = fastest(placement.device, || linear(&a, &b, None))?;
     Ok(2.0 * (size as f64).powi(3) / plain.min(own))
+}
+
+fn multiplying_codes(scheme: Scheme, placement: Placement, size: i64) -> Result<Option<f64>> {
+    let Some(product) = sample(scheme, placement, size)? else { return Ok(None) };
+    let x = Tensor::f_ones([size, size], (placement.dtype.kind(), placement.device))?;
+    Ok(Some(2.0 * (size as f64).powi(3) / fastest(placement.device, || product(&x))?))
 }

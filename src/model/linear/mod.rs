@@ -195,6 +195,17 @@ pub fn computes(scheme: Scheme, placement: Placement) -> bool {
     computes
 }
 
+/// A product with `size` by `size` weights in a scheme, as models multiply with them in this place; `None` where they would become floats.
+pub fn sample(
+    scheme: Scheme,
+    placement: Placement,
+    size: i64,
+) -> Result<Option<impl Fn(&Tensor) -> Result<Tensor, ModelError>>, ModelError> {
+    let weight = Tensor::f_arange(size * size, (Kind::Float, placement.device))?.f_sin()?.f_view([size, size])?;
+    let linear = Linear::new(Matrix::Quantized(Quantized::of(&weight, scheme)?), None, placement)?;
+    Ok(linear.scheme().is_some().then_some(move |x: &Tensor| linear.forward(x)))
+}
+
 /// Says something of a form and a scheme in a place for the first matrix that it is true of: a model has hundreds.
 fn told_once(what: &'static str, scheme: Scheme, placement: Placement, tell: impl FnOnce()) {
     static TOLD: Mutex<Vec<(&str, Scheme, Placement)>> = Mutex::new(vec![]);
