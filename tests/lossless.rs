@@ -8,10 +8,15 @@
 mod common;
 
 use common::*;
+use lacuna::checkpoint::Checkpoint;
 use lacuna::decode::autoregressive::{Autoregressive, DrafterKind, Parameters, Speculation};
 use lacuna::decode::canvas::{Canvas, Piece};
 use lacuna::decode::{Decoder, FinishReason, Purpose, Sampling};
 use lacuna::draft::Drafters;
+use lacuna::engine::request::{
+    AutoregressiveOptions, DiffusionOptions, GenerateOptions, ModelInfo, Prompt, SamplingOptions, validate,
+};
+use lacuna::engine::{Engine, Event, Failure, Limits};
 use lacuna::model::Transformer;
 use lacuna::model::family::Attention;
 use lacuna::tensor::{Kind, Placement};
@@ -425,6 +430,66 @@ fn chunks_of_the_prompt_and_drafts_go_together() {
                 assert_eq!(told.usage.forwards.prefill, prompt.len().div_ceil(chunk));
             }
         }
+    }
+}
+
+/// In the engine, over beginnings that others have left. Where rows depend on those beside them, what others ran is no part of a deterministic text.
+#[test]
+fn a_deterministic_text_takes_others_keys_only_where_that_changes_nothing() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano-ar");
+    let start = |prefix_tokens: usize| {
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let network = checkpoint.load(F32, 256, &mut |_| {}).unwrap();
+        let independent = network.rows_are_independent();
+        let model = ModelInfo::new(checkpoint, &network, vec![]);
+        let limits = Limits { resident: 8, prefix_tokens: Some(prefix_tokens), ..Limits::default() };
+        let engine = Engine::start(network, Drafters::default(), model.tokenizer.clone(), limits).unwrap();
+        (model, engine, independent)
+    };
+    let (model, warm, independent) = start(2048);
+    let (_, cold, _) = start(0);
+    let requests = |deterministic: bool| {
+        let ask = |prompt: Vec<u32>| {
+            let options = GenerateOptions {
+                id: "test".into(),
+                prompt: Prompt::Tokens(prompt),
+                template: vec![],
+                max_new_tokens: Some(16),
+                method: None,
+                diffusion: DiffusionOptions::default(),
+                autoregressive: AutoregressiveOptions {
+                    deterministic: Some(deterministic),
+                    ..AutoregressiveOptions::default()
+                },
+                sampling: SamplingOptions::default(),
+                stops: vec![],
+                steps: false,
+                deadline: None,
+                priority: 0,
+            };
+            validate(&model, options).unwrap()
+        };
+        questions().into_iter().take(8).map(ask).collect::<Vec<_>>()
+    };
+    let told = |engine: &Engine, deterministic: bool| -> Vec<(Vec<u32>, usize)> {
+        let events: Vec<_> = requests(deterministic).into_iter().map(|request| engine.submit(request).unwrap()).collect();
+        let collect = |mut events: tokio::sync::mpsc::Receiver<Result<Event, Failure>>| {
+            let mut ids = vec![];
+            while let Some(event) = events.blocking_recv() {
+                match event.unwrap() {
+                    Event::Committed { token_ids, .. } => ids.extend(token_ids),
+                    Event::Finished { usage, .. } => return (ids, usage.reused_tokens),
+                    _ => {}
+                }
+            }
+            panic!("the stream ended without a finish");
+        };
+        events.into_iter().map(collect).collect()
+    };
+    let _left = told(&warm, false);
+    assert!(told(&warm, false).iter().all(|(_, reused)| *reused > 0), "the beginnings are known");
+    for ((alone, none), (beside, reused)) in told(&cold, true).into_iter().zip(told(&warm, true)) {
+        assert_eq!((alone, none, reused > 0), (beside, 0, independent));
     }
 }
 
