@@ -65,7 +65,12 @@ int lacuna_graphs_version() noexcept { return 2; }
 
 // Gives memory that tensors had back to the devices, where the allocator would keep it for later ones.
 int lacuna_graphs_give_back() noexcept {
-  return guarded([&] { c10::cuda::CUDACachingAllocator::emptyCache(); return 1; });
+  return guarded([&] {
+    // The allocator refuses while anything is recorded. Whoever records does not call this.
+    const std::lock_guard<std::mutex> lock(capturing);
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    return 1;
+  });
 }
 
 // Why this thread's last call failed. The text stays until its next call.

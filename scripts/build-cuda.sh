@@ -42,7 +42,7 @@ install() {
 graphs() {
     local out=$1 include
     [ -e "$libtorch/include/ATen/cuda/CUDAGraph.h" ] || die "there are no headers of libtorch in $libtorch: run scripts/setup-libtorch.sh"
-    fresh "$out" cuda/graphs.cpp "$libtorch/include/ATen/cuda/CUDAGraph.h" && return
+    fresh "$out" scripts/build-cuda.sh cuda/graphs.cpp "$libtorch/include/ATen/cuda/CUDAGraph.h" && return
     include=${CUDA_HOME:-$headers/nvidia/cu13}/include
     [ -n "${CUDA_HOME:-}" ] || [ -e "$include/crt/host_defines.h" ] ||
         install "$headers" "4 MB" "nvidia-cuda-runtime==$cudart" "nvidia-cuda-crt==$tools"
@@ -58,7 +58,7 @@ graphs() {
 
 kernels() {
     local out=$1 toolkit=${CUDA_HOME:-$compiler/nvidia/cu13} code=() architecture
-    fresh "$out" cuda/kernels/* && return
+    fresh "$out" scripts/build-cuda.sh cuda/kernels/* && return
     [ -n "${CUDA_HOME:-}" ] || [ -x "$toolkit/bin/nvcc" ] ||
         install "$compiler" "90 MB" "nvidia-cuda-nvcc==$tools" "nvidia-nvvm==$tools" "nvidia-cuda-crt==$tools" "nvidia-cuda-runtime==$cudart"
     [ -x "$toolkit/bin/nvcc" ] || die "there is no nvcc in $toolkit/bin: name a CUDA 13 toolkit in CUDA_HOME"

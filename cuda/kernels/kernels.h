@@ -1,4 +1,4 @@
-// The C interface: what each kernel is given. src/tensor/fused.rs has the same in Rust, and VERSION is of both.
+// The C interface: what each kernel is given. src/tensor/fused/calls.rs has the same in Rust, and VERSION is of both.
 
 #pragma once
 

@@ -17,6 +17,7 @@
 
 #define __global__
 #define __device__
+#define __launch_bounds__(...)
 // One block at a time: what its threads share is what the program has once.
 #define __shared__ static
 
@@ -125,3 +126,6 @@ inline uint32_t __shfl_xor_sync(unsigned, uint32_t word, int bits) {
   wait();
   return other;
 }
+
+// A product that is rounded: it becomes no part of a fused sum.
+inline float __fmul_rn(float a, float b) { return a * b; }

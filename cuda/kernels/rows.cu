@@ -8,7 +8,7 @@ namespace lacuna {
 constexpr unsigned THREADS = 512;
 
 template <typename T>
-__global__ void add_norm(AddNorm a) {
+__global__ void __launch_bounds__(THREADS) add_norm(AddNorm a) {
   const int64_t row = int64_t(blockIdx.x) * a.width;
   const T *x = static_cast<const T*>(a.x) + row, *more = a.more ? static_cast<const T*>(a.more) + row : nullptr;
   const T* weight = static_cast<const T*>(a.weight);
@@ -41,7 +41,7 @@ __global__ void add_norm(AddNorm a) {
 }
 
 template <typename T>
-__global__ void gated(Gated a) {
+__global__ void __launch_bounds__(THREADS) gated(Gated a) {
   const T *gate = static_cast<const T*>(a.gate_up) + int64_t(blockIdx.x) * 2 * a.width, *up = gate + a.width;
   T* out = static_cast<T*>(a.out) + int64_t(blockIdx.x) * a.width;
   const bool packs = in_packs(gate, a.width) && in_packs(out, a.width);
@@ -77,7 +77,7 @@ struct alignas(COUNT) Codes {
 };
 
 template <typename T>
-__global__ void rounded(Rounded a) {
+__global__ void __launch_bounds__(THREADS) rounded(Rounded a) {
   const T* x = static_cast<const T*>(a.x) + int64_t(blockIdx.x) * a.width;
   uint8_t* codes = static_cast<uint8_t*>(a.codes) + int64_t(blockIdx.x) * a.width;
   const bool packs = in_packs(x, a.width) && reinterpret_cast<uintptr_t>(codes) % Pack<T>::COUNT == 0;

@@ -5,7 +5,8 @@
 
 namespace lacuna {
 
-constexpr unsigned THREADS = 1024;
+// 512, so that each may have as many registers as it wants.
+constexpr unsigned THREADS = 512;
 
 // The best logit that may be chosen. Of equal ones the first.
 struct Best {
@@ -22,7 +23,8 @@ struct Better {
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 // Weights e^(logit − best) of the logits that confidence is taken from: their sum, the sum of each times its logarithm, and the two largest.
-// In f64, as the confidences 1 − 10⁻⁹ and 1 − 10⁻⁸ must differ: the best weighs 1 to the bit, whatever is rounded of the others.
+// In f64, as the confidences 1 − 10⁻⁹ and 1 − 10⁻⁸ must differ: the best weighs 1 to the bit, whatever is rounded of the others. So scaled logits are
+// rounded before anything is taken from them (__fmul_rn): a product and a difference in one would not cancel.
 struct Weights {
   float best, second;
   double total, weighted;
@@ -142,7 +144,7 @@ __device__ inline void weigh(Weights& w, float logit) {
 }
 
 template <typename T>
-__global__ void statistics(Statistics a) {
+__global__ void __launch_bounds__(THREADS, 1) statistics(Statistics a) {
   const T* row = static_cast<const T*>(a.logits) + int64_t(blockIdx.x) * a.stride;
   const Edits edits(a.edits, a.edit_count);
   Best best{NOTHING, std::numeric_limits<int32_t>::max()};
@@ -158,7 +160,7 @@ __global__ void statistics(Statistics a) {
       if (!(logit < -NOTHING)) broken = 1;
       // Of equal ones the first stays: a thread meets them in order.
       if (logit > best.logit) best = {logit, int32_t(at + i)};
-      if (judged && logit > NOTHING) weigh(weights, logit * a.judged);
+      if (judged && logit > NOTHING) weigh(weights, __fmul_rn(logit, a.judged));
     }
   });
   best = of_block(best, Best{NOTHING, std::numeric_limits<int32_t>::max()}, Better{});
@@ -174,7 +176,7 @@ __global__ void statistics(Statistics a) {
   if (!none && token >= 0 && token < a.vocab) {
     bool judged;
     const float logit = edits.of(token, wide(row[token]), judged);
-    share = (judged ? double(expf(logit * a.judged - weights.best)) : 0.0) / weights.total;
+    share = (judged ? double(expf(__fmul_rn(logit, a.judged) - weights.best)) : 0.0) / weights.total;
   }
   *out++ = double(token);
   *out++ = share;

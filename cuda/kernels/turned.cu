@@ -11,7 +11,7 @@ constexpr unsigned HEADS_AT_ONCE = 4;
 constexpr int PAIRS = 4;
 
 template <typename T>
-__global__ void turned(Turned a) {
+__global__ void __launch_bounds__(HEADS_AT_ONCE * WARP) turned(Turned a) {
   const int lane = int(threadIdx.x % WARP), half = a.dim / 2;
   const int64_t row = blockIdx.x;
   const int head = int(blockIdx.y * HEADS_AT_ONCE + threadIdx.x / WARP);
@@ -19,10 +19,17 @@ __global__ void turned(Turned a) {
   T* mine = static_cast<T*>(a.qkv) + (row * (a.heads + 2 * a.kv_heads) + head) * a.dim;
   // Of the first and the second half: rotation turns pairs of these.
   float left[PAIRS] = {}, right[PAIRS] = {};
-  for (int k = 0, i = lane; i < half; ++k, i += WARP) {
+  // This thread's: as many turns for all heads, so that what it holds is in registers.
+  const auto pairs = [&](auto work) {
+    for (int k = 0; k < PAIRS; ++k) {
+      const int i = lane + k * int(WARP);
+      if (i < half) work(k, i);
+    }
+  };
+  pairs([&](int k, int i) {
     left[k] = wide(mine[i]);
     right[k] = wide(mine[i + half]);
-  }
+  });
   const bool value = head >= a.heads + a.kv_heads, query = head < a.heads;
   if (!value) {
     const T* norm = static_cast<const T*>(query ? a.query_norm : a.key_norm);
@@ -30,18 +37,18 @@ __global__ void turned(Turned a) {
       float squares = 0;
       for (int k = 0; k < PAIRS; ++k) squares += left[k] * left[k] + right[k] * right[k];
       const float scale = 1.0f / sqrtf(of_warp(squares, Add{}) / float(a.dim) + a.eps);
-      for (int k = 0, i = lane; i < half; ++k, i += WARP) {
+      pairs([&](int k, int i) {
         // As a norm of its own would store them.
         left[k] = wide(narrow<T>(left[k] * scale * wide(norm[i])));
         right[k] = wide(narrow<T>(right[k] * scale * wide(norm[i + half])));
-      }
+      });
     }
     const float *cosines = a.cosines + a.positions[row] * a.dim, *sines = a.sines + a.positions[row] * a.dim;
-    for (int k = 0, i = lane; i < half; ++k, i += WARP) {
+    pairs([&](int k, int i) {
       const float x = left[k], y = right[k];
       left[k] = x * cosines[i] - y * sines[i];
       right[k] = y * cosines[i + half] + x * sines[i + half];
-    }
+    });
   }
   const int64_t *place = a.places + 3 * row, address = place[0], capacity = place[1], slot = place[2];
   T* into = mine;
@@ -52,10 +59,10 @@ __global__ void turned(Turned a) {
   } else if (value) {
     return;
   }
-  for (int k = 0, i = lane; i < half; ++k, i += WARP) {
+  pairs([&](int k, int i) {
     into[i] = narrow<T>(left[k]);
     into[i + half] = narrow<T>(right[k]);
-  }
+  });
 }
 
 } // namespace lacuna

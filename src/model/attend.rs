@@ -12,7 +12,7 @@ use super::cache::KvCache;
 use super::forward::{Plan, Sight};
 use super::{Layer, ModelError, Transformer};
 use crate::tensor::flash::{self, Ragged};
-use crate::tensor::fused::Turn;
+use crate::tensor::fused::{Fused, Turn};
 use crate::tensor::{Kind, Tensor};
 
 /// Who sees what, among one segment's rows.
@@ -53,9 +53,23 @@ pub(super) struct Group<'a> {
     pub rows: Tensor,
     pub visible: Tensor,
     pub positions: Tensor,
-    /// Of the first cache in memory, and how many rows of caches there are from there on; 0 without caches.
-    pub address: usize,
-    pub span: usize,
+    /// All caches' keys and values as one tensor, `[positions, kv_heads, dim]` each, from the first one in memory on; none without caches.
+    pub kept: Option<(Tensor, Tensor)>,
+}
+
+/// What segments must agree in to attend together, if they need no mask.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Kinship {
+    pub causal: bool,
+    pub cached: bool,
+}
+
+impl Kinship {
+    pub fn of(plan: &Plan) -> Option<Self> {
+        let view = view(&plan.seen, plan.visible).filter(|_| !plan.canonical)?;
+        // A single row sees the same either way.
+        Some(Self { causal: matches!(view, View::Causal) || plan.rows.len() == 1, cached: plan.cache.is_some() })
+    }
 }
 
 /// What turns queries and keys, and brings keys and values to their places.
@@ -63,11 +77,12 @@ pub(super) enum Turning {
     /// Cosines and sines of each row; keys are written sequence by sequence.
     Angles((Tensor, Tensor)),
     /// One kernel does it all: positions, and [`Turn::places`].
-    Fused { positions: Tensor, places: Tensor },
+    Fused { kernels: &'static Fused, positions: Tensor, places: Tensor },
 }
 
-/// What a [`Group`] is made of: its numbers (`rows`, `visible` and `positions`, one behind the other) are some of those that go to the device.
+/// What a [`Group`] is made of: where its first cache begins, how many rows of caches there are from there on, and its numbers (`rows`, `visible` and `positions`, one behind the other), some of those that go to the device.
 pub(super) struct Outline {
+    pub causal: bool,
     pub address: usize,
     pub span: usize,
     pub numbers: Range<usize>,
@@ -75,7 +90,7 @@ pub(super) struct Outline {
 
 impl Outline {
     /// Puts the numbers behind the others; `None`, and none of them, where caches are no whole rows apart, or too far.
-    pub fn of(plans: &[Plan], layers: usize, row_bytes: usize, numbers: &mut Vec<i64>) -> Option<Self> {
+    pub fn of(causal: bool, plans: &[Plan], layers: usize, row_bytes: usize, numbers: &mut Vec<i64>) -> Option<Self> {
         let begun = numbers.len();
         let mut all = vec![];
         let (first, last) = (plans.first()?.rows.start, plans.last()?.rows.end);
@@ -101,7 +116,7 @@ impl Outline {
             }
         }
         numbers.extend(&all);
-        Some(Self { address, span, numbers: begun..numbers.len() })
+        Some(Self { causal, address, span, numbers: begun..numbers.len() })
     }
 }
 
@@ -187,8 +202,8 @@ impl Transformer {
     fn turn(&self, index: usize, layer: &Layer, qkv: Tensor, turning: &Turning) -> Result<(Tensor, bool), ModelError> {
         let c = &self.config;
         let (heads, kv_heads) = (c.heads as i64, c.kv_heads as i64);
-        let angles = match (turning, self.fused) {
-            (Turning::Fused { positions, places }, Some(fused)) => {
+        let angles = match turning {
+            Turning::Fused { kernels, positions, places } => {
                 let norms = layer.qk_norm.as_ref().map(|(query, key)| (&**query, &**key));
                 let tables = self.rotary.tables();
                 let turn = Turn {
@@ -202,13 +217,12 @@ impl Transformer {
                     places,
                 };
                 // SAFETY: `plan` has seen to it that slots are within their caches, which are this model's, and positions within the context.
-                return match unsafe { fused.turned(&qkv, &turn)? } {
+                return match unsafe { kernels.turned(&qkv, &turn)? } {
                     true => Ok((qkv, true)),
                     false => Err(ModelError::Torch("a forward was given tensors that its kernels do not take".into())),
                 };
             }
-            (Turning::Fused { .. }, None) => return Err(ModelError::Torch("a forward's kernels are gone".into())),
-            (Turning::Angles(angles), _) => angles,
+            Turning::Angles(angles) => angles,
         };
         let kind = qkv.f_kind()?;
         let qkv = match &layer.qk_norm {
@@ -229,21 +243,16 @@ impl Transformer {
         let first = group.plans.first().map_or(0, |plan| plan.rows.start) as i64;
         let count = group.plans.iter().map(|plan| plan.rows.len() as i64).sum::<i64>();
         let part = |first_head: i64, heads: i64| qkv.f_narrow(0, first, count)?.f_narrow(1, first_head, heads);
-        let (key, value, layer) = if group.address == 0 {
-            (part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?, 0)
-        } else {
-            for (plan, cache) in group.plans.iter().filter_map(|plan| Some((plan, plan.cache?))).filter(|_| !written) {
-                let new = qkv.f_narrow(0, plan.rows.start as i64, plan.rows.len() as i64)?.f_narrow(1, heads, 2 * kv_heads)?;
-                let _seen = cache.write(index, plan.start, &new.f_view_([-1, 2, kv_heads, dim])?, plan.visible)?;
+        let (key, value, layer) = match &group.kept {
+            None => (part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?, 0),
+            Some((keys, values)) => {
+                for (plan, cache) in group.plans.iter().filter_map(|plan| Some((plan, plan.cache?))).filter(|_| !written) {
+                    let new = qkv.f_narrow(0, plan.rows.start as i64, plan.rows.len() as i64)?;
+                    let new = new.f_narrow(1, heads, 2 * kv_heads)?.f_view_([-1, 2, kv_heads, dim])?;
+                    let _seen = cache.write(index, plan.start, &new, plan.visible)?;
+                }
+                (keys.shallow_clone(), values.shallow_clone(), index as i64)
             }
-            let kind = qkv.f_kind()?;
-            let of = |skipped: i64| {
-                let begins = (group.address + skipped as usize * kind.elt_size_in_bytes()) as *const u8;
-                let (size, strides) = ([group.span as i64, kv_heads, dim], [2 * kv_heads * dim, dim, 1]);
-                // SAFETY: nobody reads of it but the rows of the group's caches, which outlive it: they lie at whole rows from the first one.
-                unsafe { Tensor::f_from_blob(begins, &size, &strides, kind, qkv.device()) }
-            };
-            (of(0)?, of(kv_heads * dim)?, index as i64)
         };
         let (query, positions) = (part(0, heads)?, group.positions.f_get(layer)?);
         let most = |of: fn(&Plan) -> usize| group.plans.iter().map(of).max().unwrap_or(0);
@@ -315,156 +324,5 @@ fn turn(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<(), ModelError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::checkpoint::config::ModelConfig;
-    use crate::model::family::Attention;
-    use crate::model::forward::Way;
-    use crate::model::{Layout, RandomWeights, Segment};
-    use crate::tensor::{Device, Dtype, Placement};
-
-    /// Grouped queries, and norms of queries and keys.
-    fn config() -> ModelConfig {
-        let json = serde_json::json!({
-            "architectures": ["Qwen3ForCausalLM"], "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6,
-            "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64, "vocab_size": 100,
-            "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": true,
-        });
-        ModelConfig::from_json(&json).unwrap()
-    }
-
-    /// Every layout, in one forward: what our kernels make of it, at once and one by one, and libtorch.
-    #[test]
-    fn every_layout_is_attended_alike_by_both() {
-        let config = config();
-        let (tree, chain) = ([0, 0, 0, 1, 1, 2], [0, 0, 1, 2]);
-        let blocks = [4, 4, 4, 4, 8, 8, 8, 8];
-        let cases: Vec<(usize, usize, Layout)> = vec![
-            (0, 7, Layout::Whole(Attention::Full)),
-            (0, 7, Layout::Whole(Attention::Full)),
-            (0, 5, Layout::Whole(Attention::Full)),
-            (0, 5, Layout::Whole(Attention::Causal)),
-            (0, 9, Layout::Causal),
-            (9, 5, Layout::Causal),
-            (11, 1, Layout::Causal),
-            (9, 6, Layout::Tree(&tree)),
-            (9, 4, Layout::Tree(&chain)),
-            (9, 5, Layout::Canonical(3)),
-            (12, 4, Layout::Span { start: 12, sees: &[16; 4] }),
-            (12, 4, Layout::Span { start: 4, sees: &[12; 4] }),
-            (12, 8, Layout::Span { start: 0, sees: &blocks }),
-        ];
-        for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 0.06)] {
-            let placement = Placement { device: Device::Cpu, dtype };
-            let mut model = Transformer::new(&config, placement, 64, &mut RandomWeights { placement }).unwrap();
-            assert!(model.rows_are_independent());
-            let run = |way: Way, model: &Transformer| {
-                let begun = |(kept, rows, layout): &(usize, usize, Layout)| {
-                    let own = way != Way::Libtorch;
-                    let mut cache = KvCache::of(&config, placement, 24, own).unwrap();
-                    // What is masked must be a number.
-                    cache.append(&Tensor::zeros([2, 2, 2, 24, 16], (dtype.kind(), Device::Cpu)), 24).unwrap();
-                    cache.truncate(0);
-                    let before: Vec<u32> = (0..*kept as u32).map(|at| (at * 7 + *rows as u32) % 100).collect();
-                    if *kept > 0 {
-                        let segment = Segment { tokens: &before, layout: Layout::Causal, cache: Some(&cache) };
-                        let _written = model.forward_by(&[segment], if own { Way::AtOnce } else { way }).unwrap();
-                        cache.keep(&(0..*kept).collect::<Vec<_>>()).unwrap();
-                    }
-                    let tokens: Vec<u32> = (0..*rows as u32).map(|at| (at * 13 + 5 * *kept as u32) % 100).collect();
-                    (cache, tokens, matches!(layout, Layout::Whole(_)))
-                };
-                tch::no_grad(|| {
-                    let mut begun: Vec<(KvCache, Vec<u32>, bool)> = cases.iter().map(begun).collect();
-                    let segments = begun.iter().zip(&cases).map(|((cache, tokens, whole), (_, _, layout))| Segment {
-                        tokens,
-                        layout: *layout,
-                        cache: (!whole).then_some(cache),
-                    });
-                    let hidden = model.forward_by(&segments.collect::<Vec<_>>(), way).unwrap();
-                    let caches = begun.iter_mut().map(|(cache, tokens, _)| {
-                        cache.keep(&(0..tokens.len()).collect::<Vec<_>>()).unwrap();
-                        cache.kept().unwrap().reshape([-1])
-                    });
-                    (hidden.to_kind(Kind::Float), Tensor::cat(&caches.collect::<Vec<_>>(), 0))
-                })
-            };
-            let (ours, our_keys) = run(Way::AtOnce, &model);
-            let (single, single_keys) = run(Way::Kernels, &model);
-            assert!(ours.equal(&single) && our_keys.equal(&single_keys), "{dtype:?}: one launch gives other numbers than many");
-            // As it is, and with what a GPU has: the many at once, fused kernels, both.
-            for (ragged, fused) in [(false, false), (true, false), (false, true), (true, true)] {
-                model.ragged = ragged.then_some(flash::one_by_one);
-                model.fused = fused.then(crate::tensor::fused::tests::emulated);
-                let (theirs, their_keys) = run(Way::Libtorch, &model);
-                let with = format!("{dtype:?}, ragged {ragged}, fused {fused}");
-                let mut first = 0;
-                for (case, (_, rows, layout)) in cases.iter().enumerate() {
-                    let part = |hidden: &Tensor| hidden.narrow(0, first, *rows as i64);
-                    let error = (part(&ours) - part(&theirs)).abs().max().double_value(&[]);
-                    assert!(error < tolerance, "{with}, case {case}, {layout:?}: off by {error}");
-                    first += *rows as i64;
-                }
-                let error = (&our_keys - their_keys).abs().max().double_value(&[]);
-                assert!(error < tolerance, "{with}: keys and values are off by {error}");
-            }
-            (model.ragged, model.fused) = (None, None);
-        }
-    }
-
-    #[test]
-    fn masks_are_for_those_who_need_one() {
-        let first = |sees: &[usize], visible| view(&Sight::First(sees.to_vec()), visible);
-        assert!(matches!(first(&[9; 3], 9), Some(View::Full)));
-        assert!(matches!(first(&[7, 8, 9], 9), Some(View::Causal)));
-        assert!(matches!(first(&[9], 9), Some(View::Full)));
-        assert!(first(&[7, 8, 9], 10).is_none() && first(&[4, 4, 8], 8).is_none() && first(&[8, 9, 9], 9).is_none());
-        assert!(matches!(view(&Sight::Ancestors(&[0, 0, 1, 2]), 12), Some(View::Causal)));
-        assert!(matches!(view(&Sight::Ancestors(&[0]), 12), Some(View::Full)));
-        assert!(view(&Sight::Ancestors(&[0, 0, 0]), 12).is_none());
-    }
-
-    /// Whole sequences side by side are one operation where they are of one length and kind.
-    #[test]
-    fn whole_sequences_of_one_length_attend_together() {
-        let share = |first, length, view| Share { first, length, sequences: 1, cache: None, visible: length, view };
-        let mut share_of = share(0, 4, View::Full);
-        assert!(share_of.absorbs(&share(4, 4, View::Full)) && share_of.absorbs(&share(8, 4, View::Full)));
-        assert_eq!(share_of.sequences, 3);
-        assert!(!share_of.absorbs(&share(12, 5, View::Full)) && !share_of.absorbs(&share(12, 4, View::Causal)));
-    }
-
-    /// What attends together: sequences that agree in a diagonal and in having a cache, where they stand side by side.
-    #[test]
-    fn sequences_of_many_lengths_are_one_attention_if_they_need_no_mask() {
-        let (config, placement) = (config(), Placement::CPU_F32);
-        let mut model = Transformer::new(&config, placement, 64, &mut RandomWeights { placement }).unwrap();
-        model.ragged = Some(flash::one_by_one);
-        let caches: Vec<KvCache> = [9, 17, 24, 12].map(|room| KvCache::of(&config, placement, room, false).unwrap()).into();
-        let tokens = [7u32; 8];
-        let whole = |length| (length, Layout::Whole(Attention::Full), None);
-        let next = |length, cache: usize| (length, Layout::Causal, Some(&caches[cache]));
-        let span = |sees: &'static [usize], cache: usize| (sees.len(), Layout::Span { start: 0, sees }, Some(&caches[cache]));
-        let tree = (3, Layout::Tree(&[0, 0, 0]), Some(&caches[0]));
-        let found = |asked: &[(usize, Layout, Option<&KvCache>)]| {
-            let (mut positions, mut rows, mut plans) = (vec![], 0, vec![]);
-            for (length, layout, cache) in asked {
-                let segment = Segment { tokens: &tokens[..*length], layout: *layout, cache: *cache };
-                plans.push(model.plan(&segment, rows, false, &mut positions).unwrap());
-                rows += length;
-            }
-            let (_, _, works) = model.ready(vec![7; rows], &positions, &plans).unwrap();
-            let told = works.iter().map(|work| match work {
-                Work::One(share) => share.sequences.to_string(),
-                Work::Ragged(group) => format!("{} {}", group.plans.len(), if group.causal { "causal" } else { "full" }),
-            });
-            told.collect::<Vec<_>>().join(", ")
-        };
-        assert_eq!(found(&[whole(3), whole(3), whole(3)]), "3", "of one length");
-        assert_eq!(found(&[whole(3), whole(5), whole(3)]), "3 full");
-        assert_eq!(found(&[next(1, 0), next(1, 1), next(4, 2)]), "3 causal", "a single row sees the same either way");
-        assert_eq!(found(&[span(&[4; 4], 0), span(&[6; 6], 1), next(3, 2), next(2, 3)]), "2 full, 2 causal");
-        assert_eq!(found(&[whole(3), next(2, 0), next(2, 1), tree, next(1, 2)]), "1, 2 causal, 1, 1", "masks go alone");
-        assert_eq!(found(&[next(2, 3)]), "1", "one alone is split over the device otherwise");
-    }
-}
+#[path = "attend_tests.rs"]
+mod tests;

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::attend::{Group, Outline, Share, Turning, View, Work, view};
+use super::attend::{Group, Kinship, Outline, Share, Turning, View, Work, view};
 use super::cache::KvCache;
 use super::family::Attention;
 use super::{Layer, ModelError, Transformer};
@@ -56,9 +56,9 @@ pub(super) struct Plan<'a> {
     /// Slot of the first row's key, and of the first that no row looks at.
     pub start: usize,
     pub visible: usize,
-    seen: Sight<'a>,
+    pub seen: Sight<'a>,
     /// Shapes are to be the same whatever is asked.
-    canonical: bool,
+    pub canonical: bool,
     scratch: Option<kernel::Slots>,
 }
 
@@ -144,15 +144,18 @@ impl Transformer {
         let rows = tokens.len() as i64;
         let mut numbers = tokens;
         numbers.extend(positions.iter().map(|position| *position as i64));
-        let fused = self.fused.is_some_and(|fused| fused.turns(self.placement.dtype.kind(), self.config.head_dim));
-        if fused {
+        let fused = self.fused.filter(|fused| fused.turns(self.placement.dtype.kind(), self.config.head_dim));
+        if fused.is_some() {
             numbers.extend(plans.iter().flat_map(|plan| plan.rows.clone().flat_map(|row| plan.place(row))));
         }
         let mut views: Vec<(Option<View>, i64)> = plans.iter().map(|plan| self.view(plan, &mut numbers)).collect();
+        let kinds: Vec<Option<Kinship>> = plans.iter().map(Kinship::of).collect();
         let (mut groups, mut first) = (vec![], 0);
-        for alike in plans.chunk_by(|a, b| self.group(a) == self.group(b) && self.group(a).is_some()) {
-            groups.push((first..first + alike.len(), self.outline(alike, &mut numbers)));
-            first += alike.len();
+        for alike in kinds.chunk_by(|a, b| a.is_some() && a == b) {
+            let range = first..first + alike.len();
+            first = range.end;
+            let outline = alike[0].and_then(|kind| self.outline(kind, &plans[range.clone()], &mut numbers));
+            groups.push((range, outline));
         }
         let numbers = upload(&numbers, self.placement.device)?;
         let mut works = Vec::with_capacity(groups.len());
@@ -163,10 +166,10 @@ impl Transformer {
                 None => works.extend(self.shares_of(plans, views[range].iter_mut(), &numbers)?.into_iter().map(Work::One)),
             }
         }
-        let turning = if fused {
-            Turning::Fused { positions: numbers.f_narrow(0, rows, rows)?, places: numbers.f_narrow(0, 2 * rows, 3 * rows)? }
-        } else {
-            Turning::Angles(self.rotary.turning(&numbers.f_narrow(0, rows, rows)?, self.placement.dtype.kind())?)
+        let positions = numbers.f_narrow(0, rows, rows)?;
+        let turning = match fused {
+            Some(kernels) => Turning::Fused { kernels, positions, places: numbers.f_narrow(0, 2 * rows, 3 * rows)? },
+            None => Turning::Angles(self.rotary.turning(&positions, self.placement.dtype.kind())?),
         };
         Ok((numbers.f_narrow(0, 0, rows)?, turning, works))
     }
@@ -199,36 +202,33 @@ impl Transformer {
         Ok(shares)
     }
 
-    /// What segments must agree in to attend together: a diagonal, and a cache. `None` for those that need a mask.
-    fn group(&self, plan: &Plan) -> Option<(bool, bool)> {
-        let view = view(&plan.seen, plan.visible).filter(|_| !plan.canonical)?;
-        // A single row sees the same either way.
-        let causal = matches!(view, View::Causal) || plan.rows.len() == 1;
-        Some((causal, plan.cache.is_some()))
-    }
-
     /// Of several such segments, if a kernel takes them; whole ones of one length are one attention anyway.
-    fn outline(&self, plans: &[Plan], numbers: &mut Vec<i64>) -> Option<Outline> {
+    fn outline(&self, kind: Kinship, plans: &[Plan], numbers: &mut Vec<i64>) -> Option<Outline> {
         self.ragged?;
         let [first, _, ..] = plans else { return None };
-        self.group(first)?;
-        let equal = first.cache.is_none() && plans.iter().all(|plan| plan.rows.len() == first.rows.len());
+        let equal = !kind.cached && plans.iter().all(|plan| plan.rows.len() == first.rows.len());
         let c = &self.config;
         let row_bytes = 2 * c.kv_heads * c.head_dim * self.placement.dtype.size();
-        if equal { None } else { Outline::of(plans, c.layers, row_bytes, numbers) }
+        if equal { None } else { Outline::of(kind.causal, plans, c.layers, row_bytes, numbers) }
     }
 
     fn ragged_group<'a>(&self, plans: &'a [Plan<'a>], outline: Outline, numbers: &Tensor) -> Result<Group<'a>, ModelError> {
         let (count, all) = (plans.len() as i64, outline.numbers.len() as i64);
         let numbers = numbers.f_narrow(0, outline.numbers.start as i64, all)?.f_to_kind(Kind::Int)?;
+        let (kv_heads, dim, kind) = (self.config.kv_heads as i64, self.config.head_dim as i64, self.placement.dtype.kind());
+        let all_of = |skipped: i64| {
+            let begins = (outline.address + skipped as usize * kind.elt_size_in_bytes()) as *const u8;
+            let (size, strides) = ([outline.span as i64, kv_heads, dim], [2 * kv_heads * dim, dim, 1]);
+            // SAFETY: nobody reads of it but the rows of the plans' caches, which outlive it: they lie at whole rows from the first one.
+            unsafe { Tensor::f_from_blob(begins, &size, &strides, kind, self.placement.device) }
+        };
         Ok(Group {
             plans,
-            causal: plans.first().and_then(|plan| self.group(plan)).is_some_and(|(causal, _)| causal),
+            causal: outline.causal,
             rows: numbers.f_narrow(0, 0, count + 1)?,
             visible: numbers.f_narrow(0, count + 1, count)?,
             positions: numbers.f_narrow(0, 2 * count + 1, all - 2 * count - 1)?.f_view([-1, count + 1])?,
-            address: outline.address,
-            span: outline.span,
+            kept: if outline.address > 0 { Some((all_of(0)?, all_of(kv_heads * dim)?)) } else { None },
         })
     }
 

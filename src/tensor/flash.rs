@@ -103,9 +103,11 @@ fn varlen(flash: Varlen, asked: &Ragged) -> Option<Tensor> {
     let handle = |tensor: &Tensor| tensor.as_ptr().cast_mut().cast::<c_void>();
     let (rows, positions, visible) = (handle(asked.rows), handle(asked.positions), handle(asked.visible));
     let (longest_rows, longest_visible) = (asked.longest.0 as i64, asked.longest.1 as i64);
-    let (none, nothing, mut out) = (std::ptr::null_mut::<Handle>(), std::ptr::null(), std::ptr::null_mut());
-    // SAFETY: the function of this form; the tensors outlive the call, and it only reads them. What it gives is a new tensor of ours.
-    unsafe {
+    // Unlike [`Flash`] it writes everything that it gives: what is not wanted has to be taken and dropped.
+    let (mut given, nothing) = ([std::ptr::null_mut(); 5], std::ptr::null());
+    let [out, normalisers, seed, offset, mask] = &mut given;
+    // SAFETY: the function of this form; the tensors outlive the call, and it only reads them. What it gives are new tensors of ours.
+    let (failed, given) = unsafe {
         let (q, k, v) = (handle(asked.query), handle(asked.key), handle(asked.value));
         let causal = i32::from(asked.causal);
         let failed = flash(
@@ -124,14 +126,16 @@ fn varlen(flash: Varlen, asked: &Ragged) -> Option<Tensor> {
             nothing,
             &visible,
             std::ptr::null(),
-            &mut out,
-            none,
-            none,
-            none,
-            none,
+            out,
+            normalisers,
+            seed,
+            offset,
+            mask,
         );
-        (failed == 0 && !out.is_null()).then(|| Tensor::from_ptr(out.cast()))
-    }
+        (failed != 0, given.map(|tensor: Handle| (!tensor.is_null()).then(|| Tensor::from_ptr(tensor.cast()))))
+    };
+    let [out, ..] = given;
+    out.filter(|_| !failed)
 }
 
 static VARLEN: LazyLock<Option<Varlen>> = LazyLock::new(|| {
@@ -285,6 +289,59 @@ mod tests {
             assert!(!asked(&|_: &Ragged| None), "no answer");
         }
         assert!(ragged(Kind::BFloat16, Device::Cpu, 64).is_none());
+    }
+
+    /// The function of libtorch's form, on the CPU: like it, it writes to all that it gives.
+    unsafe extern "C" fn as_libtorch(
+        query: Handle,
+        key: Handle,
+        value: Handle,
+        rows: *const Handle,
+        positions: *const Handle,
+        longest_rows: i64,
+        longest_visible: i64,
+        dropout: f64,
+        causal: i32,
+        debug: i32,
+        scale: *const f64,
+        left: *const i64,
+        right: *const i64,
+        visible: *const Handle,
+        slopes: *const Handle,
+        out: *mut Handle,
+        normalisers: *mut Handle,
+        seed: *mut Handle,
+        offset: *mut Handle,
+        mask: *mut Handle,
+    ) -> i32 {
+        assert!(scale.is_null() && left.is_null() && right.is_null() && slopes.is_null() && dropout == 0.0 && debug == 0);
+        unsafe {
+            let tensor = |handle: Handle| Tensor::clone_from_ptr(handle.cast());
+            let (query, key, value) = (tensor(query), tensor(key), tensor(value));
+            let (rows, positions, visible) = (tensor(*rows), tensor(*positions), tensor(*visible));
+            let (longest, causal) = ((longest_rows as usize, longest_visible as usize), causal != 0);
+            let asked = Ragged {
+                query: &query,
+                key: &key,
+                value: &value,
+                rows: &rows,
+                positions: &positions,
+                visible: &visible,
+                longest,
+                causal,
+            };
+            let give = |tensor: Tensor| std::mem::ManuallyDrop::new(tensor).as_ptr().cast_mut().cast::<c_void>();
+            *out = give(one_by_one(&asked).unwrap());
+            for given in [normalisers, seed, offset, mask] {
+                *given = give(Tensor::new());
+            }
+        }
+        0
+    }
+
+    #[test]
+    fn the_function_for_many_lengths_is_called_as_libtorch_has_it() {
+        assert!(answers_ragged(Device::Cpu, Kind::Float, |asked| varlen(as_libtorch, asked)).unwrap());
     }
 
     #[test]

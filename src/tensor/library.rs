@@ -17,7 +17,7 @@ impl Library {
     /// function that must give the number beside it.
     ///
     /// # Safety
-    /// Loading the library must be sound, and `version.0`, where it has it, a function of the form [`Number`].
+    /// Loading the library must be sound, and `version.0`, where it has it, a function without arguments that gives an `int`.
     pub unsafe fn open(variable: &str, file: &str, version: (&CStr, c_int)) -> Result<Self, String> {
         let beside = || Some(std::env::current_exe().ok()?.parent()?.join(file)).filter(|path| path.exists());
         let named = std::env::var_os(variable).map(PathBuf::from);

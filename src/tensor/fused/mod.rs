@@ -2,7 +2,7 @@
 //! pass where libtorch takes three to twenty.
 //!
 //! They are a library that is opened at run time, built by `make cuda` on any machine. Each kernel is first asked a small question on the
-//! device ([`questions`]) and used only if it answers as libtorch's operations do. Whoever asks for what a kernel does not take (another
+//! device (`questions`) and used only if it answers as libtorch's operations do. Whoever asks for what a kernel does not take (another
 //! type, gradients, strides) gets `None` and leaves it to libtorch; `LACUNA_KERNELS=off` leaves everything to it.
 //!
 //! The same sources can be compiled for the CPU, where a block's threads take turns: so the tests hold the code that a GPU runs to
@@ -27,7 +27,7 @@ const FILE: &str = "liblacuna_kernels.so";
 /// Of `cuda/kernels/kernels.h`.
 const VERSION: c_int = 1;
 
-/// Where a kernel runs, as `kernels.h` has it; likewise below and in [`calls`].
+/// Where a kernel runs, as `kernels.h` has it; likewise below and in `calls`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Place {
