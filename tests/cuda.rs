@@ -47,6 +47,9 @@ fn the_kernels_build_for_gpus_without_one() {
     for kernel in ["add_norm", "gated", "rounded", "turned", "statistics"] {
         assert!(bytes.windows(kernel.len()).any(|window| window == kernel.as_bytes()), "{kernel}");
     }
+    // It opens, with all that it needs of the CUDA runtime that libtorch brings; and is not taken for the CPU's.
+    let (_, log) = generate(Some(library), &["--model", "models/nano-ar", "--max-new-tokens", "2", "def solve(xs):\n"]);
+    assert!(log.contains("there are no fused kernels") && log.contains("the library is for GPUs"), "{log}");
 }
 
 /// What `generate` prints and logs, with everything left to libtorch but what `library` has.
