@@ -118,6 +118,22 @@ fn whole_sequences_of_one_length_attend_together() {
     assert!(!share_of.absorbs(&share(12, 5, View::Full)) && !share_of.absorbs(&share(12, 4, View::Causal)));
 }
 
+/// Caches of our own kernel's order have no rows to write to.
+#[test]
+fn keys_go_to_caches_of_either_order() {
+    let (config, placement) = (config(), Placement::CPU_F32);
+    let mut model = Transformer::new(&config, placement, 64, &mut RandomWeights { placement }).unwrap();
+    model.fused = Some(crate::tensor::fused::tests::emulated());
+    let kept = [false, true].map(|own| {
+        let mut cache = KvCache::of(&config, placement, 24, own).unwrap();
+        let segment = Segment { tokens: &[3, 5, 7, 9], layout: Layout::Causal, cache: Some(&cache) };
+        let _states = tch::no_grad(|| model.forward_by(&[segment], Way::Libtorch)).unwrap();
+        cache.keep(&[0, 1, 2, 3]).unwrap();
+        cache.kept().unwrap()
+    });
+    assert!(kept[0].allclose(&kept[1], 1e-5, 1e-6, false) && kept[0].abs().min().double_value(&[]) > 0.0);
+}
+
 /// What attends together: sequences that agree in a diagonal and in having a cache, where they stand side by side.
 #[test]
 fn sequences_of_many_lengths_are_one_attention_if_they_need_no_mask() {

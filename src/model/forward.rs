@@ -144,7 +144,10 @@ impl Transformer {
         let rows = tokens.len() as i64;
         let mut numbers = tokens;
         numbers.extend(positions.iter().map(|position| *position as i64));
-        let fused = self.fused.filter(|fused| fused.turns(self.placement.dtype.kind(), self.config.head_dim));
+        // Its places are rows of caches.
+        let by_rows = plans.iter().filter_map(|plan| plan.cache).all(|cache| cache.address() > 0);
+        let (kind, dim) = (self.placement.dtype.kind(), self.config.head_dim);
+        let fused = self.fused.filter(|fused| by_rows && fused.turns(kind, dim));
         if fused.is_some() {
             numbers.extend(plans.iter().flat_map(|plan| plan.rows.clone().flat_map(|row| plan.place(row))));
         }
