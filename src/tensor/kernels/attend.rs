@@ -118,6 +118,7 @@ impl<T: Stored> Place<T> {
                 outputs: (last.next_multiple_of(LANES).min(self.slots)) - first,
                 half: false,
                 paired: false,
+                early: false,
             };
             unsafe { product.alone::<V, T>() };
         }

@@ -14,7 +14,7 @@ use tch::TchError;
 use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes, Stored};
 use super::pointwise::widen;
-use super::strips::{Part, Strips};
+use super::strips::{Coming, Part, Strips};
 use super::turns::{Rows, Turns};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Kind, Tensor};
@@ -250,18 +250,22 @@ impl Product {
         for tile in 0..tiles {
             let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
             for strip in self.strips.share(thread, threads) {
+                let (bytes, wide) = (self.pairs * strip.wide * C::BYTES, if rows.len() <= 4 { 3 } else { 2 });
+                let next = self.weight.wrapping_add(strip.first * self.pairs * C::BYTES + bytes);
+                let turns = self.pairs * strip.wide.div_ceil(wide) * rows.len().div_ceil(8);
+                let coming = &mut strip.coming(rows.len(), next, bytes, turns);
                 let mut from = 0;
                 while from < strip.wide {
                     let part = Part { strip, from };
                     // As many sums as registers hold beside both weights of a pair.
                     from += unsafe {
                         match (strip.wide - from, rows.len()) {
-                            _ if V::SUMS < 24 => self.part::<V, C, 1, 4>(part, &rows),
-                            (6, 1) => self.part::<V, C, 6, 1>(part, &rows),
-                            (4, ..=4) => self.part::<V, C, 4, 4>(part, &rows),
-                            (3.., ..=4) => self.part::<V, C, 3, 4>(part, &rows),
-                            (2.., _) => self.part::<V, C, 2, 8>(part, &rows),
-                            _ => self.part::<V, C, 1, 8>(part, &rows),
+                            _ if V::SUMS < 24 => self.part::<V, C, 1, 4>(part, &rows, coming),
+                            (6, 1) => self.part::<V, C, 6, 1>(part, &rows, coming),
+                            (4, ..=4) => self.part::<V, C, 4, 4>(part, &rows, coming),
+                            (3.., ..=4) => self.part::<V, C, 3, 4>(part, &rows, coming),
+                            (2.., _) => self.part::<V, C, 2, 8>(part, &rows, coming),
+                            _ => self.part::<V, C, 1, 8>(part, &rows, coming),
                         }
                     };
                 }
@@ -271,17 +275,25 @@ impl Product {
 
     /// All `rows` with `P` panels, at most `M` at a time. Gives `P`.
     #[inline(always)]
-    unsafe fn part<V: Lanes, C: Codes<V>, const P: usize, const M: usize>(&self, part: Part, rows: &Range<usize>) -> usize {
+    unsafe fn part<V: Lanes, C: Codes<V>, const P: usize, const M: usize>(
+        &self,
+        part: Part,
+        rows: &Range<usize>,
+        coming: &mut Coming,
+    ) -> usize {
         let mut row = rows.start;
         while row < rows.end {
             let part = if row == rows.start { part } else { part.at_hand() };
             row += unsafe {
                 match (rows.end - row).min(M) {
-                    8.. => self.tile::<V, C, P, 8>(part, row),
-                    4.. => self.tile::<V, C, P, 4>(part, row),
-                    3 => self.tile::<V, C, P, 3>(part, row),
-                    2 => self.tile::<V, C, P, 2>(part, row),
-                    _ => self.tile::<V, C, P, 1>(part, row),
+                    8.. => self.tile::<V, C, P, 8>(part, row, coming),
+                    7 => self.tile::<V, C, P, 7>(part, row, coming),
+                    6 => self.tile::<V, C, P, 6>(part, row, coming),
+                    5 => self.tile::<V, C, P, 5>(part, row, coming),
+                    4 => self.tile::<V, C, P, 4>(part, row, coming),
+                    3 => self.tile::<V, C, P, 3>(part, row, coming),
+                    2 => self.tile::<V, C, P, 2>(part, row, coming),
+                    _ => self.tile::<V, C, P, 1>(part, row, coming),
                 }
             };
         }
@@ -290,7 +302,12 @@ impl Product {
 
     /// `M` rows with `P` panels. Gives `M`.
     #[inline(always)]
-    unsafe fn tile<V: Lanes, C: Codes<V>, const P: usize, const M: usize>(&self, part: Part, row: usize) -> usize {
+    unsafe fn tile<V: Lanes, C: Codes<V>, const P: usize, const M: usize>(
+        &self,
+        part: Part,
+        row: usize,
+        coming: &mut Coming,
+    ) -> usize {
         unsafe {
             let weight = self.weight.add((part.strip.first * self.pairs + part.from) * C::BYTES);
             let scales = self.scales.add(part.panel() * self.groups * PANEL);
@@ -305,6 +322,7 @@ impl Product {
                         *w = C::pair(line.add(p * C::BYTES));
                     }
                     part.ask_ahead::<P>(line, C::BYTES, M == 1);
+                    coming.ask();
                     for (m, sums) in sums.iter_mut().enumerate() {
                         let x = input.add(2 * (m * self.pairs + pair));
                         let (first, second) = (V::splat(*x), V::splat(*x.add(1)));

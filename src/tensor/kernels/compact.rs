@@ -13,7 +13,7 @@ use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes};
 use super::packed::{self, BLOCK, PARALLEL_FROM, TILE};
 use super::product::Single;
-use super::strips::{Part, Strip, Strips};
+use super::strips::{Coming, Part, Strip, Strips};
 use super::turns::{Rows, Turns};
 use super::{Kernel, in_use, launch, plain};
 use crate::tensor::{Device, Kind, Tensor};
@@ -335,21 +335,25 @@ impl Product {
                     unsafe { self.many::<V, R>(strip, &rows, records, &mut lines, &mut open) };
                     continue;
                 }
+                let bytes = inputs / (2 * R::PAIRS) * strip.wide * R::BYTES;
+                let wide = if rows.len() <= FEW || matches!(rows.len(), 7 | 8) { 3 } else { 2 };
+                let turns = inputs / 2 * strip.wide.div_ceil(wide) * rows.len().div_ceil(SEVERAL);
+                let coming = &mut strip.coming(rows.len(), records.wrapping_add(bytes), bytes, turns);
                 let mut from = 0;
                 while from < strip.wide {
                     let part = Part { strip, from };
                     // As many sums as registers hold beside scales and minima.
                     from += unsafe {
                         match (strip.wide - from, rows.len()) {
-                            _ if V::SUMS < 24 => self.few::<V, R, 1>(part, &rows, records),
-                            (6, 1) => self.few::<V, R, 6>(part, &rows, records),
-                            (4, 1) => self.few::<V, R, 4>(part, &rows, records),
-                            (3.., ..=FEW) => self.few::<V, R, 3>(part, &rows, records),
-                            (2, ..=FEW) => self.few::<V, R, 2>(part, &rows, records),
-                            (_, ..=FEW) => self.few::<V, R, 1>(part, &rows, records),
-                            (3.., 7 | 8) => self.several::<V, R, 3>(part, &rows, records),
-                            (2.., _) => self.several::<V, R, 2>(part, &rows, records),
-                            _ => self.several::<V, R, 1>(part, &rows, records),
+                            _ if V::SUMS < 24 => self.few::<V, R, 1>(part, &rows, records, coming),
+                            (6, 1) => self.few::<V, R, 6>(part, &rows, records, coming),
+                            (4, 1) => self.few::<V, R, 4>(part, &rows, records, coming),
+                            (3.., ..=FEW) => self.few::<V, R, 3>(part, &rows, records, coming),
+                            (2, ..=FEW) => self.few::<V, R, 2>(part, &rows, records, coming),
+                            (_, ..=FEW) => self.few::<V, R, 1>(part, &rows, records, coming),
+                            (3.., 7 | 8) => self.several::<V, R, 3>(part, &rows, records, coming),
+                            (2.., _) => self.several::<V, R, 2>(part, &rows, records, coming),
+                            _ => self.several::<V, R, 1>(part, &rows, records, coming),
                         }
                     };
                 }
@@ -359,13 +363,19 @@ impl Product {
 
     /// All `rows`, at most [`FEW`], with `P` panels. Gives `P`.
     #[inline(always)]
-    unsafe fn few<V: Lanes, R: Record<V>, const P: usize>(&self, part: Part, rows: &Range<usize>, records: *const u8) -> usize {
+    unsafe fn few<V: Lanes, R: Record<V>, const P: usize>(
+        &self,
+        part: Part,
+        rows: &Range<usize>,
+        records: *const u8,
+        coming: &mut Coming,
+    ) -> usize {
         unsafe {
             match rows.len() {
-                4.. => self.tile::<V, R, P, 4>(part, rows.start, records),
-                3 => self.tile::<V, R, P, 3>(part, rows.start, records),
-                2 => self.tile::<V, R, P, 2>(part, rows.start, records),
-                1 => self.tile::<V, R, P, 1>(part, rows.start, records),
+                4.. => self.tile::<V, R, P, 4>(part, rows.start, records, coming),
+                3 => self.tile::<V, R, P, 3>(part, rows.start, records, coming),
+                2 => self.tile::<V, R, P, 2>(part, rows.start, records, coming),
+                1 => self.tile::<V, R, P, 1>(part, rows.start, records, coming),
                 _ => {}
             }
         }
@@ -379,6 +389,7 @@ impl Product {
         part: Part,
         rows: &Range<usize>,
         records: *const u8,
+        coming: &mut Coming,
     ) -> usize {
         let times = rows.len().div_ceil(SEVERAL);
         for time in 0..times {
@@ -386,10 +397,10 @@ impl Product {
             let part = if time == 0 { part } else { part.at_hand() };
             unsafe {
                 match rows.start + rows.len() * (time + 1) / times - row {
-                    6 if const { P < 3 } => self.tile::<V, R, P, 6>(part, row, records),
-                    5 if const { P < 3 } => self.tile::<V, R, P, 5>(part, row, records),
-                    4 => self.tile::<V, R, P, 4>(part, row, records),
-                    _ => self.tile::<V, R, P, 3>(part, row, records),
+                    6 if const { P < 3 } => self.tile::<V, R, P, 6>(part, row, records, coming),
+                    5 if const { P < 3 } => self.tile::<V, R, P, 5>(part, row, records, coming),
+                    4 => self.tile::<V, R, P, 4>(part, row, records, coming),
+                    _ => self.tile::<V, R, P, 3>(part, row, records, coming),
                 }
             }
         }
@@ -398,7 +409,13 @@ impl Product {
 
     /// `M` rows with `P` panels, block by block as [`packed::Product`] has it.
     #[inline(always)]
-    unsafe fn tile<V: Lanes, R: Record<V>, const P: usize, const M: usize>(&self, part: Part, row: usize, records: *const u8) {
+    unsafe fn tile<V: Lanes, R: Record<V>, const P: usize, const M: usize>(
+        &self,
+        part: Part,
+        row: usize,
+        records: *const u8,
+        coming: &mut Coming,
+    ) {
         let (inputs, wide) = (self.dense.inputs, part.strip.wide);
         let input = self.dense.input.cast::<f32>().wrapping_add(row * inputs);
         unsafe {
@@ -416,6 +433,7 @@ impl Product {
                         // One row asks for its own part of the next groups; the first part of several rows for everybody's.
                         let ahead = if M == 1 { own.add(pair * P * R::STEP) } else { group.add(pair * wide * R::STEP) };
                         part.ask_ahead::<P>(ahead, R::STEP, M == 1);
+                        coming.ask();
                         let line = own.add(R::SHARED + pair * R::LINE);
                         for (p, shared) in shared.into_iter().enumerate() {
                             let (first, second) = R::weights(line.add(p * R::BYTES), shared);
@@ -469,7 +487,13 @@ impl Product {
                     }
                 }
             }
-            unsafe { self.dense.strip::<V, Single<f32, f32>>(strip.at_hand(), rows, &block, lines.as_ptr().cast(), open) };
+            let group = strip.wide * R::BYTES;
+            let next = records.wrapping_add(block.end / (2 * R::PAIRS) * group);
+            let turns = block.len() * strip.wide.div_ceil(3) * rows.len().div_ceil(8);
+            let coming = strip.coming(rows.len(), next, BLOCK / (2 * R::PAIRS) * group, turns);
+            unsafe {
+                self.dense.strip::<V, Single<f32, f32>>(strip.at_hand(), rows, &block, lines.as_ptr().cast(), open, coming)
+            };
         }
     }
 }

@@ -16,7 +16,7 @@ use super::codes::write;
 use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes};
 use super::rounding::{Between, MIXED, Rounding};
-use super::strips::{Part, Strips};
+use super::strips::{Coming, Part, Strips};
 use super::turns::{Rows, Turns};
 #[cfg(target_arch = "x86_64")]
 use super::words::x86::Words;
@@ -404,20 +404,24 @@ impl Product {
         for tile in 0..tiles {
             let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
             for strip in self.strips.share(thread, threads) {
+                let (bytes, parts) = (self.lines * strip.wide * LINE, if rows.len() <= 4 { 1 } else { strip.wide.div_ceil(3) });
+                let next = self.weight.wrapping_add(strip.first * self.lines * LINE + bytes);
+                let coming = &mut strip.coming(rows.len(), next, bytes, self.lines * parts * rows.len().div_ceil(8));
                 let mut from = 0;
                 while from < strip.wide {
                     let part = Part { strip, from };
                     // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
                     from += unsafe {
                         match (strip.wide - from, rows.len()) {
-                            _ if S::COUNT < 12 => self.part::<S, 1, 4>(part, &rows),
-                            (6, 1) => self.part::<S, 6, 1>(part, &rows),
-                            (3.., _) if S::COUNT < 24 => self.part::<S, 3, 4>(part, &rows),
-                            (2, _) if S::COUNT < 24 => self.part::<S, 2, 4>(part, &rows),
-                            (4, ..=4) => self.part::<S, 4, 4>(part, &rows),
-                            (3.., _) => self.part::<S, 3, 8>(part, &rows),
-                            (2, _) => self.part::<S, 2, 8>(part, &rows),
-                            _ => self.part::<S, 1, 8>(part, &rows),
+                            _ if S::COUNT < 12 => self.part::<S, 1, 4>(part, &rows, coming),
+                            (6, 1) => self.part::<S, 6, 1>(part, &rows, coming),
+                            (3.., _) if S::COUNT < 24 => self.part::<S, 3, 4>(part, &rows, coming),
+                            (2, _) if S::COUNT < 24 => self.part::<S, 2, 4>(part, &rows, coming),
+                            (6, ..=4) => self.part::<S, 6, 4>(part, &rows, coming),
+                            (4, ..=4) => self.part::<S, 4, 4>(part, &rows, coming),
+                            (3.., _) => self.part::<S, 3, 8>(part, &rows, coming),
+                            (2, _) => self.part::<S, 2, 8>(part, &rows, coming),
+                            _ => self.part::<S, 1, 8>(part, &rows, coming),
                         }
                     };
                 }
@@ -427,22 +431,30 @@ impl Product {
 
     /// All `rows` with `P` panels, at most `M` at a time. Gives `P`.
     #[inline(always)]
-    unsafe fn part<S: Sums, const P: usize, const M: usize>(&self, part: Part, rows: &Range<usize>) -> usize {
+    unsafe fn part<S: Sums, const P: usize, const M: usize>(
+        &self,
+        part: Part,
+        rows: &Range<usize>,
+        coming: &mut Coming,
+    ) -> usize {
         let mut row = rows.start;
         while row < rows.end {
             let part = if row == rows.start { part } else { part.at_hand() };
             row += unsafe {
                 match (self.width, (rows.end - row).min(M)) {
-                    (Width::Eight, 8..) => self.tile::<S, false, P, 8>(part, row),
-                    (Width::Eight, 4..) => self.tile::<S, false, P, 4>(part, row),
-                    (Width::Eight, 3) => self.tile::<S, false, P, 3>(part, row),
-                    (Width::Eight, 2) => self.tile::<S, false, P, 2>(part, row),
-                    (Width::Eight, _) => self.tile::<S, false, P, 1>(part, row),
-                    (Width::Four, 8..) => self.tile::<S, true, P, 8>(part, row),
-                    (Width::Four, 4..) => self.tile::<S, true, P, 4>(part, row),
-                    (Width::Four, 3) => self.tile::<S, true, P, 3>(part, row),
-                    (Width::Four, 2) => self.tile::<S, true, P, 2>(part, row),
-                    (Width::Four, _) => self.tile::<S, true, P, 1>(part, row),
+                    (Width::Eight, 8..) => self.tile::<S, false, P, 8>(part, row, coming),
+                    (Width::Eight, 7) => self.tile::<S, false, P, 7>(part, row, coming),
+                    (Width::Eight, 6) => self.tile::<S, false, P, 6>(part, row, coming),
+                    (Width::Eight, 5) => self.tile::<S, false, P, 5>(part, row, coming),
+                    (Width::Eight, 4) => self.tile::<S, false, P, 4>(part, row, coming),
+                    (Width::Eight, 3) => self.tile::<S, false, P, 3>(part, row, coming),
+                    (Width::Eight, 2) => self.tile::<S, false, P, 2>(part, row, coming),
+                    (Width::Eight, _) => self.tile::<S, false, P, 1>(part, row, coming),
+                    (Width::Four, 8..) => self.tile::<S, true, P, 8>(part, row, coming),
+                    (Width::Four, 4..) => self.tile::<S, true, P, 4>(part, row, coming),
+                    (Width::Four, 3) => self.tile::<S, true, P, 3>(part, row, coming),
+                    (Width::Four, 2) => self.tile::<S, true, P, 2>(part, row, coming),
+                    (Width::Four, _) => self.tile::<S, true, P, 1>(part, row, coming),
                 }
             };
         }
@@ -451,7 +463,12 @@ impl Product {
 
     /// `M` rows with `P` panels of eight bits, or of four (`HALVES`). Gives `M`.
     #[inline(always)]
-    unsafe fn tile<S: Sums, const HALVES: bool, const P: usize, const M: usize>(&self, part: Part, row: usize) -> usize {
+    unsafe fn tile<S: Sums, const HALVES: bool, const P: usize, const M: usize>(
+        &self,
+        part: Part,
+        row: usize,
+        coming: &mut Coming,
+    ) -> usize {
         let length = self.lines * if HALVES { 2 } else { 1 };
         unsafe {
             let weight = self.weight.add((part.strip.first * self.lines + part.from) * LINE);
@@ -468,6 +485,7 @@ impl Product {
                         *w = S::line(from.add(p * LINE));
                     }
                     part.ask_ahead::<P>(from, LINE, M == 1);
+                    coming.ask();
                     if HALVES {
                         let mut halves = [S::halves(w[0]); P];
                         for (halves, w) in halves.iter_mut().zip(w).skip(1) {

@@ -16,7 +16,7 @@ use super::fixed::Fixed;
 use super::lanes::{LANES, Lanes, Stored};
 use super::pointwise::widen;
 use super::product::{Format, PAIRED, Single};
-use super::strips::{Part, Strip, Strips};
+use super::strips::{Coming, Part, Strip, Strips};
 use super::turns::{Rows, Turns};
 use super::{Kernel, launch, plain};
 use crate::tensor::{Kind, Tensor};
@@ -187,17 +187,27 @@ impl Product {
         let (units, mut open) = (self.inputs / F::UNIT, vec![]);
         for tile in 0..tiles {
             let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
+            // Once through all inputs, or block by block, so that the next block is no larger than what waits in a core's own cache.
+            let step = if self.strips.asks_early(rows.len()) { BLOCK } else { units.max(1) };
             for strip in self.strips.share(thread, threads) {
-                unsafe {
-                    let lines = self.weight.cast::<F::Weight>().add(strip.first * units * F::STEP);
-                    self.strip::<V, F>(strip, &rows, &(0..units), lines, &mut open);
+                let line = strip.wide * F::STEP;
+                let lines = self.weight.cast::<F::Weight>().wrapping_add(strip.first * units * F::STEP);
+                for start in (0..units).step_by(step) {
+                    let block = start..(start + step).min(units);
+                    let lines = lines.wrapping_add(start * line);
+                    // Blocks lie one behind the other, as strips do.
+                    let next = lines.wrapping_add(block.len() * line);
+                    let parts = if rows.len() <= 4 { 1 } else { strip.wide.div_ceil(3) };
+                    let turns = block.len() * parts * rows.len().div_ceil(8);
+                    let coming = strip.coming(rows.len(), next, step * line * size_of::<F::Weight>(), turns);
+                    unsafe { self.strip::<V, F>(strip, &rows, &block, lines, &mut open, coming) };
                 }
             }
         }
     }
 
     /// All `rows` with the panels of a strip, over the inputs of `units`, a whole block of them or all, whose lines are there; `open` keeps the
-    /// sums from block to block.
+    /// sums from block to block, and what is `coming` is asked for meanwhile.
     #[inline(always)]
     pub(super) unsafe fn strip<V: Lanes, F: Format<V>>(
         &self,
@@ -206,7 +216,9 @@ impl Product {
         units: &Range<usize>,
         lines: *const F::Weight,
         open: &mut Vec<V>,
+        mut coming: Coming,
     ) {
+        let coming = &mut coming;
         let (mut from, all) = (0, self.inputs / F::UNIT);
         if all > BLOCK {
             open.resize(rows.len() * strip.wide, unsafe { V::zero() });
@@ -218,13 +230,13 @@ impl Product {
             // As many sums as registers hold; few rows take more panels, or every sum would wait for its last addition.
             from += unsafe {
                 match (strip.wide - from, rows.len()) {
-                    _ if V::SUMS < 24 => self.part::<V, F, 1, 6>(part, rows, units, lines, open),
-                    (4, 7) if F::UNIT > 1 => self.part::<V, F, 2, 8>(part, rows, units, lines, open),
-                    (6, ..=4) => self.part::<V, F, 6, 4>(part, rows, units, lines, open),
-                    (4, _) => self.part::<V, F, 4, 6>(part, rows, units, lines, open),
-                    (3.., _) => self.part::<V, F, 3, 8>(part, rows, units, lines, open),
-                    (2, _) => self.part::<V, F, 2, 8>(part, rows, units, lines, open),
-                    _ => self.part::<V, F, 1, 8>(part, rows, units, lines, open),
+                    _ if V::SUMS < 24 => self.part::<V, F, 1, 6>(part, rows, units, lines, open, coming),
+                    (4, 7) if F::UNIT > 1 => self.part::<V, F, 2, 8>(part, rows, units, lines, open, coming),
+                    (6, ..=4) => self.part::<V, F, 6, 4>(part, rows, units, lines, open, coming),
+                    (4, _) => self.part::<V, F, 4, 6>(part, rows, units, lines, open, coming),
+                    (3.., _) => self.part::<V, F, 3, 8>(part, rows, units, lines, open, coming),
+                    (2, _) => self.part::<V, F, 2, 8>(part, rows, units, lines, open, coming),
+                    _ => self.part::<V, F, 1, 8>(part, rows, units, lines, open, coming),
                 }
             };
         }
@@ -239,6 +251,7 @@ impl Product {
         units: &Range<usize>,
         lines: *const F::Weight,
         open: *mut V,
+        coming: &mut Coming,
     ) -> usize {
         unsafe {
             for start in units.clone().step_by(BLOCK) {
@@ -249,14 +262,14 @@ impl Product {
                     let open = open.wrapping_add((row - rows.start) * P);
                     let part = if row == rows.start { part } else { part.at_hand() };
                     row += match (rows.end - row).min(M) {
-                        8.. => self.tile::<V, F, P, 8>(part, row, &block, lines, open),
-                        7 => self.tile::<V, F, P, 7>(part, row, &block, lines, open),
-                        6 => self.tile::<V, F, P, 6>(part, row, &block, lines, open),
-                        5 => self.tile::<V, F, P, 5>(part, row, &block, lines, open),
-                        4 => self.tile::<V, F, P, 4>(part, row, &block, lines, open),
-                        3 => self.tile::<V, F, P, 3>(part, row, &block, lines, open),
-                        2 => self.tile::<V, F, P, 2>(part, row, &block, lines, open),
-                        _ => self.tile::<V, F, P, 1>(part, row, &block, lines, open),
+                        8.. => self.tile::<V, F, P, 8>(part, row, &block, lines, open, coming),
+                        7 => self.tile::<V, F, P, 7>(part, row, &block, lines, open, coming),
+                        6 => self.tile::<V, F, P, 6>(part, row, &block, lines, open, coming),
+                        5 => self.tile::<V, F, P, 5>(part, row, &block, lines, open, coming),
+                        4 => self.tile::<V, F, P, 4>(part, row, &block, lines, open, coming),
+                        3 => self.tile::<V, F, P, 3>(part, row, &block, lines, open, coming),
+                        2 => self.tile::<V, F, P, 2>(part, row, &block, lines, open, coming),
+                        _ => self.tile::<V, F, P, 1>(part, row, &block, lines, open, coming),
                     };
                 }
             }
@@ -274,6 +287,7 @@ impl Product {
         block: &Range<usize>,
         lines: *const F::Weight,
         open: *mut V,
+        coming: &mut Coming,
     ) -> usize {
         let units = self.inputs / F::UNIT;
         unsafe {
@@ -288,6 +302,7 @@ impl Product {
                     *w = F::weight(line.add(p * F::STEP));
                 }
                 part.ask_ahead::<P>(line.cast(), F::STEP * size_of::<F::Weight>(), M == 1);
+                coming.ask();
                 for (sums, input) in sums.iter_mut().zip(inputs) {
                     let x = F::spread(input.add(unit * F::UNIT));
                     for (sum, w) in sums.iter_mut().zip(w) {

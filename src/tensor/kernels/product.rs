@@ -11,6 +11,7 @@ use std::sync::LazyLock;
 
 use super::Kernel;
 use super::lanes::{LANES, Lanes, Stored};
+use super::strips::Coming;
 
 /// Rows of the weight that are gone through together.
 const GROUP: usize = LANES;
@@ -34,6 +35,8 @@ pub struct Product {
     pub half: bool,
     /// Products of two bf16 numbers at a time.
     pub paired: bool,
+    /// The weight comes from memory, and what comes next is asked for early.
+    pub early: bool,
 }
 
 /// Whether the CPU multiplies pairs of bf16 numbers (AVX-512 BF16).
@@ -202,8 +205,16 @@ unsafe fn run<V: Lanes, F: Format<V>>(product: &Product, thread: usize, threads:
                 filled.resize(GROUP * length, F::Weight::ZERO);
                 weight = filled.as_ptr();
             }
+            let rows = start(tile)..start(tile + 1);
+            let coming = if product.early {
+                let turns = GROUP / 4 * rows.len().div_ceil(4) * length.div_ceil(F::STEP);
+                let next = product.weight.cast::<F::Weight>().wrapping_add((first + GROUP) * inputs);
+                Coming::of(next.cast(), GROUP * inputs * size_of::<F::Weight>(), turns)
+            } else {
+                Coming::NONE
+            };
             let group = Group { weight, input, out: out.add(first), length, stride, count };
-            group.rows::<V, F>(start(tile)..start(tile + 1), &mut open);
+            group.rows::<V, F>(rows, &mut open, coming);
         }
     }
 }
@@ -231,7 +242,13 @@ struct Group<W, X, O> {
 impl<W: Stored, X: Stored, O: Stored> Group<W, X, O> {
     /// Meets `rows` of the input, piece by piece where rows are long; `open` keeps the sums meanwhile.
     #[inline(always)]
-    unsafe fn rows<V: Lanes, F: Format<V, Weight = W, Input = X, Out = O>>(&self, rows: Range<usize>, open: &mut Vec<V>) {
+    unsafe fn rows<V: Lanes, F: Format<V, Weight = W, Input = X, Out = O>>(
+        &self,
+        rows: Range<usize>,
+        open: &mut Vec<V>,
+        mut coming: Coming,
+    ) {
+        let coming = &mut coming;
         let pieces = if rows.len() > 4 { (self.length * size_of::<W>()).div_ceil(PIECE) } else { 1 };
         let piece = self.length.div_ceil(pieces).next_multiple_of(F::STEP);
         unsafe {
@@ -242,10 +259,10 @@ impl<W: Stored, X: Stored, O: Stored> Group<W, X, O> {
                 let mut row = rows.start;
                 while row < rows.end {
                     (row, open) = match rows.end - row {
-                        1 => (row + 1, self.sums::<V, F, 1, 4>(row, &range, open)),
-                        2 => (row + 2, self.sums::<V, F, 2, 2>(row, &range, open)),
-                        3 => (row + 3, self.sums::<V, F, 3, 1>(row, &range, open)),
-                        _ => (row + 4, self.sums::<V, F, 4, 1>(row, &range, open)),
+                        1 => (row + 1, self.sums::<V, F, 1, 4>(row, &range, open, coming)),
+                        2 => (row + 2, self.sums::<V, F, 2, 2>(row, &range, open, coming)),
+                        3 => (row + 3, self.sums::<V, F, 3, 1>(row, &range, open, coming)),
+                        _ => (row + 4, self.sums::<V, F, 4, 1>(row, &range, open, coming)),
                     };
                 }
             }
@@ -260,6 +277,7 @@ impl<W: Stored, X: Stored, O: Stored> Group<W, X, O> {
         row: usize,
         range: &Range<usize>,
         open: *mut V,
+        coming: &mut Coming,
     ) -> *mut V {
         let mut open = open.cast::<[[[V; 4]; M]; P]>();
         let mut first = 0;
@@ -267,7 +285,7 @@ impl<W: Stored, X: Stored, O: Stored> Group<W, X, O> {
             unsafe {
                 let mut sums = if range.start == 0 { [[[V::zero(); 4]; M]; P] } else { *open };
                 for (part, sums) in sums.iter_mut().enumerate() {
-                    self.dots::<V, F, M>(first + 4 * part, row, range, sums);
+                    self.dots::<V, F, M>(first + 4 * part, row, range, sums, coming);
                 }
                 if range.end < self.length {
                     *open = sums;
@@ -290,6 +308,7 @@ impl<W: Stored, X: Stored, O: Stored> Group<W, X, O> {
         row: usize,
         range: &Range<usize>,
         sums: &mut [[V; 4]; M],
+        coming: &mut Coming,
     ) {
         let length = self.length;
         unsafe {
@@ -300,6 +319,7 @@ impl<W: Stored, X: Stored, O: Stored> Group<W, X, O> {
                 for (n, w) in w.iter_mut().enumerate().skip(1) {
                     *w = F::weight(weight.add(n * length + at));
                 }
+                coming.ask();
                 for (m, sums) in sums.iter_mut().enumerate() {
                     let x = F::input(input.add(m * length + at));
                     for (sum, w) in sums.iter_mut().zip(w) {

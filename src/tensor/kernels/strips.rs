@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use tch::TchError;
 
 use super::Tensor;
+use crate::tensor::shared_cache;
 
 /// Panels of a strip at most: with one row, so many sums hide how long an addition takes.
 const WIDE_MAX: usize = 6;
@@ -35,12 +36,59 @@ enum Ahead {
     ThroughCaches,
 }
 
+impl Ahead {
+    /// Whether so many rows ask for [`Coming`] weights: where these come from memory, and one row does not fill the time. (With Intel's cores nobody has
+    /// measured it.)
+    fn early(self, rows: usize) -> bool {
+        rows > 1 && self == Self::PastCaches
+    }
+}
+
 /// Panels side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strip {
     pub first: usize,
     pub wide: usize,
     ahead: Ahead,
+}
+
+/// Weights that are used next, and asked for evenly while those before them are used.
+///
+/// A product with several rows goes through the same weights again and again: for further rows, and panel by panel. If it only asked for
+/// what is just ahead, memory would be busy the first time and idle the others, and its time would come on top of the arithmetic's
+/// (docs/LOG.md).
+pub struct Coming {
+    next: *const u8,
+    end: *const u8,
+    /// Lines for each turn of the innermost loop.
+    each: usize,
+}
+
+impl Coming {
+    /// Nothing.
+    pub const NONE: Self = Self { next: std::ptr::null(), end: std::ptr::null(), each: 0 };
+
+    /// `bytes` from `next` on, in so many turns of the innermost loop.
+    pub fn of(next: *const u8, bytes: usize, turns: usize) -> Self {
+        Self { next, end: next.wrapping_add(bytes), each: bytes.div_ceil(LINE).div_ceil(turns.max(1)) }
+    }
+
+    /// Asks for one turn's lines, which wait in the second-level cache.
+    #[inline(always)]
+    pub fn ask(&mut self) {
+        for _ in 0..self.each {
+            if self.next >= self.end {
+                return;
+            }
+            // SAFETY: a hint, which does nothing where there is no such memory.
+            #[cfg(target_arch = "x86_64")]
+            unsafe {
+                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                _mm_prefetch::<_MM_HINT_T1>(self.next.cast());
+            }
+            self.next = self.next.wrapping_add(LINE);
+        }
+    }
 }
 
 /// Some panels of a strip, from one of them on.
@@ -55,6 +103,12 @@ const AHEAD: usize = 2048;
 /// Bytes that a cache fetches together.
 const LINE: usize = 64;
 
+/// Whether a weight of so many bytes alone is too large for the shared cache to keep, and its lines are best asked for as [`Coming`].
+pub fn from_memory(bytes: usize) -> bool {
+    static SHARED_CACHE: LazyLock<Option<u64>> = LazyLock::new(shared_cache);
+    !*INTEL && SHARED_CACHE.is_some_and(|cache| bytes as u64 > cache / 2)
+}
+
 /// Whether the cores are Intel's.
 static INTEL: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
@@ -67,6 +121,11 @@ static INTEL: LazyLock<bool> = LazyLock::new(|| {
 });
 
 impl Strip {
+    /// What so many rows ask for while they use its lines: `bytes` from `next` on, in so many turns of the innermost loop.
+    pub fn coming<T>(&self, rows: usize, next: *const T, bytes: usize, turns: usize) -> Coming {
+        if self.ahead.early(rows) { Coming::of(next.cast(), bytes, turns) } else { Coming::NONE }
+    }
+
     /// Likewise, once its lines are in the caches.
     pub fn at_hand(self) -> Self {
         Self { ahead: Ahead::Nothing, ..self }
@@ -123,6 +182,11 @@ impl Strips {
     /// Has lines asked for ahead of their use: no cache keeps them from one product to the next.
     pub fn read_from_memory(&mut self) {
         self.ahead = if *INTEL { Ahead::ThroughCaches } else { Ahead::PastCaches };
+    }
+
+    /// Whether so many rows ask for [`Coming`] weights.
+    pub fn asks_early(self, rows: usize) -> bool {
+        self.ahead.early(rows)
     }
 
     /// A thread's part of them.
