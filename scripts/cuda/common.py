@@ -75,6 +75,13 @@ class Run:
         if not holds:
             self.problems.append(f"{what} {told}".rstrip())
 
+    def check_on_gpu(self, what, holds, told=""):
+        """`check`, of what only a GPU has."""
+        if self.dry:
+            print(f"-    {what}: a CPU cannot tell", flush=True)
+        else:
+            self.check(what, holds, told)
+
     def finish(self, found, header, rows):
         """Writes the result and prints a table of it, last; the exit status says whether all was well."""
         found = {

@@ -87,6 +87,8 @@ fn about(json: &mut Value, options: &Options, subject: &Subject) {
     json["dtype"] = subject.network.precision().into();
     json["cuda_graphs"] = subject.network.graphs().into();
     json["fused_kernels"] = subject.network.fused().map(Fused::names).unwrap_or_default().into();
+    // µs of each kernel and of libtorch's operations in its place.
+    json["fused_races"] = json!(subject.network.fused().map(Fused::races).unwrap_or_default());
     json["many_lengths_at_once"] = subject.network.attends_ragged().into();
     json["device"] = placement.device_name().into();
     json["threads"] = tch::get_num_threads().into();

@@ -2,7 +2,8 @@
 //! pass where libtorch takes three to twenty.
 //!
 //! They are a library that is opened at run time, built by `make cuda` on any machine. Each kernel is first asked a small question on the
-//! device (`questions`) and used only if it answers as libtorch's operations do. Whoever asks for what a kernel does not take (another
+//! device (`questions`) and used only if it answers as libtorch's operations do, and takes less time than they (`races`); with
+//! `LACUNA_KERNELS=all` it is used without a race. Whoever asks for what a kernel does not take (another
 //! type, gradients, strides) gets `None` and leaves it to libtorch; `LACUNA_KERNELS=off` leaves everything to it.
 //!
 //! The same sources can be compiled for the CPU, where a block's threads take turns: so the tests hold the code that a GPU runs to
@@ -10,6 +11,7 @@
 
 mod calls;
 mod questions;
+mod races;
 
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, PoisonError};
@@ -20,6 +22,7 @@ use super::library::Library;
 use super::{Device, Kind, TchError, Tensor, kernels};
 
 pub use calls::{Pick, Rows, Turn};
+pub use races::Race;
 
 /// Names the library where it does not lie beside the binary.
 pub const LIBRARY: &str = "LACUNA_FUSED_LIBRARY";
@@ -51,6 +54,7 @@ pub struct Fused {
     rounded: Option<Launch<calls::Rounded>>,
     turned: Option<Launch<calls::Turned>>,
     statistics: Option<Launch<calls::Statistics>>,
+    races: Vec<Race>,
 }
 
 impl Fused {
@@ -85,7 +89,43 @@ impl Fused {
 
     fn open(device: Device) -> Result<Self, String> {
         // SAFETY: the library is the one that `cuda/kernels` makes.
-        Self::of(&unsafe { Library::open(LIBRARY, FILE, (c"lacuna_kernels_version", VERSION))? }, device)
+        let mut fused = Self::of(&unsafe { Library::open(LIBRARY, FILE, (c"lacuna_kernels_version", VERSION))? }, device)?;
+        // The CPU's form is there to be tested.
+        if matches!(device, Device::Cuda(_)) && std::env::var_os("LACUNA_KERNELS").is_none_or(|wish| wish != "all") {
+            fused.race(&races::REAL);
+            super::give_back_memory();
+        }
+        Ok(fused)
+    }
+
+    /// Has every kernel run against libtorch, and forgets those that take longer.
+    fn race(&mut self, sizes: &races::Sizes) {
+        for ((name, make), (_, _, forget)) in races::ALL.into_iter().zip(questions::ALL) {
+            if !self.names().contains(&name) {
+                continue;
+            }
+            match tch::no_grad(|| races::run(self, name, make, sizes)) {
+                Ok(races) => {
+                    let told = |of: fn(&Race) -> f64| races.iter().map(|race| format!("{:.1}", of(race))).collect::<Vec<_>>();
+                    let (ours, libtorch) = (told(|race| race.ours).join(" "), told(|race| race.libtorch).join(" "));
+                    let pays = races::pays(&races);
+                    info!(kernel = name, device = ?self.device, ours, libtorch, pays, "timed a fused kernel beside libtorch, in µs");
+                    if !pays {
+                        forget(self);
+                    }
+                    self.races.extend(races);
+                }
+                Err(error) => {
+                    warn!(kernel = name, device = ?self.device, %error, "a fused kernel could not be timed, and is not used");
+                    forget(self);
+                }
+            }
+        }
+    }
+
+    /// How each kernel fared against libtorch; none where nobody was timed.
+    pub fn races(&self) -> &[Race] {
+        &self.races
     }
 
     /// Those of this library, once they have been questioned.
@@ -104,6 +144,7 @@ impl Fused {
                 rounded: Some(library.find(c"lacuna_rounded")?),
                 turned: Some(library.find(c"lacuna_turned")?),
                 statistics: Some(library.find(c"lacuna_statistics")?),
+                races: vec![],
             }
         };
         // A kernel that was not asked yet is used by its own question only.

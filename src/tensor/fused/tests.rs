@@ -43,9 +43,55 @@ fn what_answers_wrong_is_not_used() {
         rounded: Some(idle),
         turned: Some(idle),
         statistics: Some(idle),
+        races: vec![],
     };
     for (name, ask, _) in questions::ALL {
         assert!(!ask(&idle).unwrap(), "{name}");
+    }
+}
+
+/// The runners are of one kind: what libtorch is timed at is what the kernel computes.
+#[test]
+fn both_sides_of_a_race_compute_the_same() {
+    let sizes = races::Sizes { hidden: 64, intermediate: 96, heads: 2, vocab: 300, rows: [2, 5], calls: 1, rounds: 1 };
+    for (name, make) in races::ALL {
+        for rows in sizes.rows {
+            let pair = tch::no_grad(|| make(emulated(), &sizes, rows)).unwrap();
+            let (ours, libtorch) = ((pair.ours)().unwrap(), (pair.libtorch)().unwrap());
+            assert_eq!(ours.len(), libtorch.len(), "{name}");
+            for (ours, libtorch) in ours.iter().zip(&libtorch) {
+                assert_eq!(ours.size(), libtorch.size(), "{name}");
+                let wide = |tensor: &Tensor| tensor.to_kind(Kind::Float).to_kind(Kind::Double);
+                let error = (wide(ours) - wide(libtorch)).abs().max().double_value(&[]);
+                // Codes of three bits behind the first one: the last of them may differ where a scale's last bit does.
+                let tolerance = if ours.kind() == Kind::Float8e4m3fn { 32.0 } else { 0.02 };
+                assert!(error <= tolerance, "{name}, {rows} rows: {error}");
+            }
+        }
+        let races = races::run(emulated(), name, make, &sizes).unwrap();
+        assert!(races.iter().map(|race| race.rows).eq(sizes.rows));
+        assert!(races.iter().all(|race| race.ours.is_finite() && race.libtorch.is_finite() && race.ours > 0.0), "{races:?}");
+    }
+}
+
+#[test]
+fn only_who_takes_less_time_pays() {
+    let race = |ours, libtorch| Race { kernel: "add_norm", rows: 1, ours, libtorch };
+    assert!(races::pays(&[race(1.0, 2.0), race(3.0, 4.0)]) && races::pays(&[race(1.0, 2.0), race(5.0, 4.0)]));
+    assert!(!races::pays(&[race(2.0, 1.0), race(5.0, 4.0)]) && !races::pays(&[race(1.0, 1.0)]) && !races::pays(&[]));
+    assert!(!races::pays(&[race(f64::NAN, 1.0)]));
+}
+
+/// On a CPU threads that take turns lose against libtorch, so that losers are seen to be left out.
+#[test]
+fn whoever_loses_is_not_used() {
+    let sizes = races::Sizes { hidden: 512, intermediate: 512, heads: 2, vocab: 3000, rows: [8, 16], calls: 2, rounds: 2 };
+    let mut fused = Fused { races: vec![], ..*emulated() };
+    fused.race(&sizes);
+    for kernel in NAMES {
+        let races: Vec<Race> = fused.races().iter().filter(|race| race.kernel == kernel).cloned().collect();
+        assert_eq!(races.len(), 2, "{kernel}");
+        assert_eq!(fused.names().contains(&kernel), races::pays(&races), "{races:?}");
     }
 }
 

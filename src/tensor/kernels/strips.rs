@@ -37,10 +37,14 @@ enum Ahead {
 }
 
 impl Ahead {
-    /// Whether so many rows ask for [`Coming`] weights: where these come from memory, and one row does not fill the time. (With Intel's cores nobody has
-    /// measured it.)
+    /// Whether so many rows ask for [`Coming`] weights: where these come from memory, and one row does not fill the time; or from the cache that cores
+    /// share, which few rows find as fast as they compute. (With Intel's cores nobody has measured it.)
     fn early(self, rows: usize) -> bool {
-        rows > 1 && self == Self::PastCaches
+        match self {
+            Self::Nothing => rows >= MANY,
+            Self::PastCaches => rows > 1,
+            Self::ThroughCaches => false,
+        }
     }
 }
 
@@ -97,6 +101,9 @@ pub struct Part {
     pub strip: Strip,
     pub from: usize,
 }
+
+/// Rows for which a cache's lines are asked for early (measured: docs/LOG.md).
+const MANY: usize = 16;
 
 /// How far ahead of what is used weights are asked for, in bytes.
 const AHEAD: usize = 2048;
