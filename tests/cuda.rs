@@ -80,6 +80,39 @@ fn the_binary_decodes_alike_by_fused_kernels() {
     }
 }
 
+/// Canvases and masks are the decoders' and stay on the host, everything else on the device: tokens, positions and places go up in one copy,
+/// and all statistics come down in one, whatever the number of sequences. The tokens that are ruled out, such as the mask, go up beside them.
+/// (Where some rows are wanted and not all, their numbers do, too.)
+#[test]
+fn a_step_is_few_copies_however_many_sequences_it_serves() {
+    for (model, up) in [("models/nano-ar", 1), ("models/nano-block", 2)] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lacuna"));
+        command.args([
+            "bench",
+            "step",
+            "--model",
+            model,
+            "--window",
+            "1,4",
+            "--prefix",
+            "16",
+            "--sequences",
+            "1,3,8",
+            "--runs",
+            "1",
+        ]);
+        command.args(["--warm-up", "0", "--threads", "1", "--json"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        let output = command.env("LACUNA_KERNELS", "off").output().expect("the binary starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let cells = told["cells"].as_array().unwrap();
+        assert_eq!(cells.len(), 6);
+        for cell in cells {
+            assert_eq!(cell["copies"], serde_json::json!({"up": up, "down": 1}), "{cell}");
+        }
+    }
+}
+
 #[test]
 fn a_library_that_is_none_is_told_and_done_without() {
     let folder = tempfile::tempdir().unwrap();

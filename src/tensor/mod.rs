@@ -13,6 +13,7 @@ pub mod memory;
 pub mod pages;
 
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use device::{Description, cpu_name, describe, device, synchronize};
@@ -95,8 +96,37 @@ pub fn seeded(seed: u64) -> MutexGuard<'static, ()> {
     generator
 }
 
+/// Copies to devices and from them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Copies {
+    pub up: u64,
+    pub down: u64,
+}
+
+impl Copies {
+    /// Those that were made after others.
+    pub fn since(self, before: Self) -> Self {
+        Self { up: self.up - before.up, down: self.down - before.down }
+    }
+}
+
+static COPIES: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
+
+/// Since the process began; on a CPU those that a GPU would take.
+pub fn copies() -> Copies {
+    let [up, down] = COPIES.each_ref().map(|count| count.load(Ordering::Relaxed));
+    Copies { up, down }
+}
+
+/// Numbers from a device, once all that was sent to it before is done.
+pub fn download(tensor: &Tensor) -> Result<Vec<f64>, TchError> {
+    COPIES[1].fetch_add(1, Ordering::Relaxed);
+    Vec::try_from(&tensor.f_to_device(Device::Cpu)?)
+}
+
 /// Numbers on a device, without waiting for what it is busy with.
 pub fn upload<T: tch::kind::Element>(numbers: &[T], device: Device) -> Result<Tensor, TchError> {
+    COPIES[0].fetch_add(1, Ordering::Relaxed);
     let here = Tensor::f_from_slice(numbers)?;
     // Nothing is copied where it is here already. CUDA has taken ordinary memory over by the time the call comes back.
     here.f_to_device_(device, here.kind(), true, false)

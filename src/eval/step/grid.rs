@@ -23,7 +23,7 @@ use crate::engine::sequence::Sequence;
 use crate::model::cache::KvCache;
 use crate::model::family::Attention;
 use crate::model::{Layout, ModelError, Segment, Transformer};
-use crate::tensor::{Device, Dtype, Tensor, free_memory, give_back_memory, mebibytes, synchronize};
+use crate::tensor::{self, Copies, Device, Dtype, Tensor, free_memory, give_back_memory, mebibytes, synchronize};
 
 /// Tokens that a step may commit, for which rates are told.
 const COMMITTED: [usize; 4] = [1, 3, 5, 10];
@@ -63,6 +63,8 @@ pub struct Cell {
     pub times_floor: f64,
     /// The floor by the step, 0 to 1.
     pub share_of_floor: f64,
+    /// Copies that a step makes to the device and from it; on a CPU none, or those that a GPU would take where libtorch does the work.
+    pub copies: Copies,
     /// All sequences' together, by how many tokens each commits in a step.
     pub tokens_per_second: BTreeMap<usize, f64>,
 }
@@ -206,9 +208,14 @@ fn measure(
         Err(ModelError::OutOfMemory(why)) => return Ok(Err(why)),
         scene => scene?,
     };
-    let (mut totals, mut networks) = (vec![], vec![]);
+    let (mut totals, mut networks, mut copies) = (vec![], vec![], Copies::default());
     for run in 0..grid.warm_up + grid.runs {
-        let times = scene.network(model).and_then(|network| Ok((network, scene.step(model, tokenizer)?)));
+        let times = scene.network(model).and_then(|network| {
+            let before = tensor::copies();
+            let total = scene.step(model, tokenizer)?;
+            copies = tensor::copies().since(before);
+            Ok((network, total))
+        });
         let (network, total) = match times {
             Err(error) if matches!(error.downcast_ref(), Some(ModelError::OutOfMemory(_))) => {
                 return Ok(Err(error.to_string()));
@@ -234,6 +241,7 @@ fn measure(
         floor,
         times_floor: total.median / floor.milliseconds,
         share_of_floor: floor.milliseconds / total.median,
+        copies,
         tokens_per_second: COMMITTED.into_iter().filter(|committed| *committed <= window).map(rate).collect(),
     }))
 }

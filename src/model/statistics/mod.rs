@@ -17,7 +17,7 @@ use self::table::{Columns, Rows};
 use super::ModelError;
 use crate::decode::{Noise, RowStatistics, Sampling};
 use crate::tensor::fused::Fused;
-use crate::tensor::{Device, Tensor, kernels};
+use crate::tensor::{Device, Tensor, download, kernels};
 
 /// A token that has occurred: `(token, occurrences in the prompt, occurrences since)`.
 pub type History = (u32, u32, u32);
@@ -173,8 +173,7 @@ impl Ledger {
     pub fn read(self) -> Result<Vec<Known<Checked>>, ModelError> {
         let mut found = self.known;
         if !self.tables.is_empty() {
-            let all = Tensor::f_cat(&self.tables, 0)?.f_to_device(Device::Cpu)?;
-            let numbers: Vec<f64> = Vec::try_from(&all)?;
+            let numbers = download(&Tensor::f_cat(&self.tables, 0)?)?;
             let mut left = numbers.as_slice();
             for (windows, columns) in self.shared {
                 for (index, rows) in windows {
