@@ -165,7 +165,7 @@ fn turned<'a>(fused: &'a Fused, sizes: &Sizes, rows: i64) -> Result<Pair<'a>, Tc
             let swapped = x.f_roll([DIM / 2], [-1])?;
             let _ = x.f_mul_(&cosine)?.f_addcmul_(&swapped, &signed)?;
             let new = other.f_narrow(1, heads, 2 * heads)?.f_view([1, rows, 2, heads, DIM])?;
-            let _ = others.shallow_clone().f_copy_(&new)?;
+            others.shallow_clone().f_copy_(&new)?;
             Ok(vec![other.f_narrow(1, 0, heads)?, others.shallow_clone()])
         }),
     })
